@@ -1,0 +1,347 @@
+"""Attach adapters to any model, choose which run, merge and remove them. The model is changed in place."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .core import METHODS, Adapted, Adapter, Switch
+from .layers import device_of, is_linear, shape_of
+
+Targets = str | Sequence[str]
+
+
+def hosts(model: nn.Module) -> dict[str, Adapted]:
+    """path -> host, of every adapted layer."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def adapters(model: nn.Module) -> dict[str, dict[str, Adapter]]:
+    """adapter name -> {path of its layer: adapter}, in the order of attachment."""
+    found: dict[str, dict[str, Adapter]] = {}
+    for path, host in hosts(model).items():
+        for name, adapter in host.adapters.items():
+            found.setdefault(name, {})[path] = adapter
+    return found
+
+
+def _sites(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module an adapter could wrap, by its path in the bare model: insides of hosts are not sites."""
+    inside = tuple(f"{path}." for path in hosts(model))
+    return {p: m for p, m in model.named_modules() if p and not (inside and p.startswith(inside))}
+
+
+def _did_you_mean(word: str, known) -> str:
+    close = difflib.get_close_matches(word, sorted(set(known)), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _linear(site: nn.Module) -> bool:
+    return is_linear(site.layer if isinstance(site, Adapted) else site)
+
+
+def find_targets(model: nn.Module, targets: Targets) -> list[str]:
+    """The paths of the modules that `targets` names, in model order.
+
+    targets: a regular expression that matches the end of a path after a dot ("q_proj|v_proj", r"layers\\.0\\..*_proj"),
+    a list of path endings, or "all-linear": every linear layer but the output head.
+    Raises ValueError for a pattern without a match, or if only a part of a list (or of "a|b") matches.
+    """
+    sites = _sites(model)
+    if targets == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        heads = re.compile(r"(.*\.)?(lm_head|score|classifier|qa_outputs)(\..*)?")  # heads are trained, not adapted
+        found = [p for p, m in sites.items() if _linear(m) and m is not head and not heads.fullmatch(p)]
+        if not found:
+            raise ValueError(f"{type(model).__name__} has no linear layer that 'all-linear' could adapt")
+        return found
+    if not isinstance(targets, str):
+        patterns = [re.escape(t) for t in targets]
+    else:  # "a|b" is a list too, so each part must match; with brackets it is one expression
+        patterns = [targets] if re.search(r"[()\[]", targets) else targets.split("|")
+    if not patterns:
+        raise ValueError("targets is an empty list: name at least one module, or 'all-linear'")
+    found, missed = set(), []
+    for pattern in patterns:
+        try:
+            hits = {p for p in sites if re.fullmatch(rf"(.*\.)?({pattern})", p)}
+        except re.error as error:
+            raise ValueError(f"targets {pattern!r} is not a regular expression: {error}") from None
+        found |= hits
+        missed += [] if hits else [pattern]
+    if missed:
+        wrong = missed[0].replace("\\", "")
+        endings = {p.rsplit(".", 1)[-1] for p in sites}
+        linear = sorted({p.rsplit(".", 1)[-1] for p, m in sites.items() if _linear(m)})
+        part = f"The other names match {len(found)} modules; nothing was attached. " if found else ""
+        raise ValueError(
+            f"no module path matches {wrong!r}{_did_you_mean(wrong.split('.')[-1], endings)} {part}"
+            f"Linear layers of {type(model).__name__}: {', '.join(linear)}"
+        )
+    return [p for p in sites if p in found]
+
+
+def _check_site(model: nn.Module, path: str) -> None:
+    """Refuse layers whose owner would bypass a host without a word."""
+    parent = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(f"{path!r} belongs to nn.MultiheadAttention, which reads its weight and never calls it: "
+                         "an adapter there would do nothing. Adapt layers outside of it")  # fmt: skip
+
+
+def _check_name(model: nn.Module, name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z_][\w-]*", name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"adapter name {name!r} cannot be used; take letters, digits, '_' and '-', such as 'sql_v2'")
+    if name in adapters(model):
+        raise ValueError(f"an adapter named {name!r} is attached already; choose another name or detach it first")
+
+
+def _check_hyper(method: type[Adapter], hyper: Mapping) -> None:
+    known = [n for n in inspect.signature(method.__init__).parameters if n not in ("self", "layer")]
+    for name in hyper:
+        if name not in known:
+            raise TypeError(f"{method.__name__} has no hyper-parameter {name!r}{_did_you_mean(name, known)} "
+                            f"It takes: {', '.join(known) or 'none'}")  # fmt: skip
+
+
+def _defaults(method: type[Adapter]) -> dict:
+    parameters = inspect.signature(method.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def patterned(path: str, hyper: dict, patterns: Mapping[str, Mapping | None]) -> dict:
+    """The hyper-parameters of one layer: the first pattern that matches the end of its path overrides the default."""
+    for key, pattern in patterns.items():
+        for expression, value in (pattern or {}).items():
+            if re.fullmatch(rf"(.*\.)?({expression})", path):
+                hyper = {**hyper, key: value}
+                break
+    return hyper
+
+
+def switch_of(model: nn.Module) -> Switch:
+    """The switch that all hosts of the model share. Raises ValueError if nothing is attached."""
+    host = next(iter(hosts(model).values()), None)
+    if host is None:
+        raise ValueError(f"no adapter is attached to this {type(model).__name__}; call attach(model, LoRA, …) first")
+    return host.switch
+
+
+def wrap(model: nn.Module, path: str, switch: Switch) -> Adapted:
+    """The host at `path`, put there if there is none."""
+    site = model.get_submodule(path)
+    if isinstance(site, Adapted):
+        return site
+    host = Adapted(site, switch)
+    host.train(site.training)
+    model.set_submodule(path, host)
+    return host
+
+
+def attach(
+    model: nn.Module,
+    method: type[Adapter] | str,
+    targets: Targets = "all-linear",
+    name: str = "default",
+    *,
+    modules_to_save: Targets = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    **hyper,
+) -> nn.Module:
+    """Freeze the base and put an adapter around every target layer; the new adapter becomes the active one.
+
+    method: a class of `METHODS` or its name; `hyper` are its hyper-parameters. targets: see `find_targets`.
+    modules_to_save: further modules (heads) of which a full copy is trained, switched and saved with the adapter.
+    rank_pattern, alpha_pattern: {end of a path, as a regular expression: r or alpha on those layers}.
+    Adapters attached earlier stay attached and trainable, but no longer active: see `using` and `activate`.
+    Raises ValueError or TypeError with the model as it was before. Returns the model.
+    """
+    from .methods.module_copy import ModuleCopy
+
+    method = method_named(method) if isinstance(method, str) else method
+    _check_name(model, name)
+    patterns = {"r": rank_pattern, "alpha": alpha_pattern}
+    _check_hyper(method, {**hyper, **{k: 0 for k, p in patterns.items() if p}})
+    paths = find_targets(model, targets) if targets else []
+    copies = find_targets(model, modules_to_save) if modules_to_save else []
+    plan: dict[str, tuple[type[Adapter], dict]] = {p: (method, patterned(p, hyper, patterns)) for p in paths}
+    plan |= {p: (ModuleCopy, {}) for p in copies}
+    for key, pattern in patterns.items():
+        for expression in pattern or {}:
+            if not any(re.fullmatch(rf"(.*\.)?({expression})", p) for p in paths):
+                raise ValueError(f"{key} pattern {expression!r} matches none of the {len(paths)} target layers")
+    return attach_plan(model, name, plan)
+
+
+def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapter], dict]]) -> nn.Module:
+    """`attach` with the method and hyper-parameters of every path given one by one: {path: (method, hyper)}."""
+    _check_name(model, name)
+    if not plan:
+        raise ValueError("nothing to attach: neither targets nor modules_to_save name a module")
+    made: dict[str, Adapter] = {}
+    for path, (method, hyper) in plan.items():  # build all before the model is touched: an error changes nothing
+        _check_site(model, path)
+        site = model.get_submodule(path)
+        layer = (site.original or site.layer) if isinstance(site, Adapted) else site
+        if _owns(method) and any(parameter is tied for parameter in layer.parameters() for tied in _tied(model, path)):
+            raise ValueError(f"{path!r} shares its weight with another module; a trained copy would untie them. "
+                             "Adapt it with an added term (LoRA) instead")  # fmt: skip
+        try:
+            with torch.device(device_of(layer)):
+                made[path] = method(layer, **hyper)
+        except ValueError as error:
+            raise ValueError(f"{method.__name__} on {path!r}: {error}") from None
+        made[path].train(site.training)
+        made[path].hyper = {**_defaults(method), **hyper}
+    if not hosts(model):
+        model.requires_grad_(False)
+    switch = switch_of(model) if hosts(model) else Switch()
+    for path, adapter in made.items():
+        wrap(model, path, switch).adapters[name] = adapter
+    merged = next((h.merged for h in hosts(model).values() if h.merged), ())
+    switch.active, switch.rows = (*merged, name), None
+    return model
+
+
+def _owns(method: type[Adapter]) -> bool:
+    return method.__name__ == "ModuleCopy"
+
+
+def _tied(model: nn.Module, path: str) -> list[nn.Parameter]:
+    """Parameters of other modules; a layer at `path` that holds one of them is tied."""
+    return [p for n, m in model.named_modules() if not (n == path or n.startswith(path + "."))
+            for p in m.parameters(recurse=False)]  # fmt: skip
+
+
+def method_named(name: str) -> type[Adapter]:
+    """The class of `METHODS` with this name, whatever its case."""
+    from . import methods  # noqa: F401  fills METHODS
+
+    found = {n.lower(): c for n, c in METHODS.items()}.get(name.lower())
+    if found is None:
+        raise ValueError(f"unknown method {name!r}{_did_you_mean(name, METHODS)} Known: {', '.join(METHODS)}")
+    return found
+
+
+def _known(model: nn.Module, names) -> None:
+    there = adapters(model)
+    for name in names:
+        if name is not None and name not in there:
+            raise ValueError(f"no adapter named {name!r} is attached{_did_you_mean(str(name), there)} "
+                             f"Attached: {', '.join(there) or 'none'}")  # fmt: skip
+
+
+def _merged(model: nn.Module) -> tuple[str, ...]:
+    return next((host.merged for host in hosts(model).values() if host.merged), ())
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Make exactly these adapters run from now on, innermost first; none: the bare base. Trains and freezes nothing."""
+    switch = switch_of(model)
+    _known(model, names)
+    merged = _merged(model)
+    if names[: len(merged)] != merged:
+        raise ValueError(f"{', '.join(merged)} is merged into the weights and cannot be switched off; "
+                         "unmerge(model) first")  # fmt: skip
+    switch.active, switch.rows = names, None
+
+
+@contextmanager
+def using(model: nn.Module, *names: str, rows: Sequence[str | None] | None = None) -> Iterator[nn.Module]:
+    """`with using(model, "sql"):` these adapters run inside the block; `using(model)` gives the bare base.
+
+    rows: one adapter name (None: the bare base) for each row of the batch, for a mixed batch.
+    """
+    switch = switch_of(model)
+    before = switch.active, switch.rows
+    try:
+        if rows is None:
+            activate(model, *names)
+        else:
+            if names:
+                raise ValueError("give either adapter names for the whole batch or rows=[…], not both")
+            if _merged(model):
+                raise ValueError("a mixed batch needs the bare base; unmerge(model) first")
+            _known(model, rows)
+            numbers = {n: [i for i, r in enumerate(rows) if r == n] for n in dict.fromkeys(rows)}
+            switch.rows = {n: torch.tensor(i) for n, i in numbers.items()}
+        yield model
+    finally:
+        switch.active, switch.rows = before
+
+
+def freeze(model: nn.Module, name: str, frozen: bool = True) -> None:
+    """Freeze an adapter's parameters, or make them trainable again (`frozen=False`)."""
+    _known(model, [name])
+    for adapter in adapters(model)[name].values():
+        adapter.requires_grad_(not frozen)
+
+
+def merge(model: nn.Module, *names: str) -> nn.Module:
+    """Fold adapters into the weights (default: the active ones): the same outputs, the speed of the base.
+
+    The untouched layers are kept (their memory too), so that `unmerge` is exact. Names must be the innermost of the
+    active adapters. Raises ValueError for a method that is not an affine map, or a tied layer; then nothing is merged.
+    """
+    switch = switch_of(model)
+    names = names or switch.active
+    _known(model, names)
+    if _merged(model):
+        raise ValueError(f"{', '.join(_merged(model))} is merged already; unmerge(model) first")
+    if not names:
+        raise ValueError("no adapter is active, so there is nothing to merge; name the adapters")
+    if switch.active and switch.active[: len(names)] != tuple(names):
+        raise ValueError(f"active are {switch.active}, innermost first; {names} is not how they begin, so merging it "
+                         "would change their order. Name them in that order, or activate(model, …) first")  # fmt: skip
+    try:
+        for path, host in hosts(model).items():
+            if any(n in host.adapters for n in names):
+                if any(p is tied for p in host.layer.parameters() for tied in _tied(model, path)):
+                    raise ValueError(f"{path!r} shares its weight with another module; merging would untie them")
+            try:
+                host.merge(tuple(names))
+            except ValueError as error:
+                raise ValueError(f"{names} cannot be merged at {path!r}: {error}") from None
+    except BaseException:
+        unmerge(model)
+        raise
+    if not switch.active:
+        switch.active = tuple(names)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Take merged adapters out of the weights again, bit for bit; they stay attached and active."""
+    for host in hosts(model).values():
+        host.unmerge()
+    return model
+
+
+def detach(model: nn.Module, *names: str) -> nn.Module:
+    """Remove adapters (default: all); a layer without adapters is put back as it was. The base stays frozen."""
+    switch = switch_of(model)
+    _known(model, names)
+    names = names or tuple(adapters(model))
+    if set(names) & set(_merged(model)):
+        raise ValueError("these adapters are merged into the weights; unmerge(model) first")
+    for path, host in hosts(model).items():
+        for name in set(names) & set(host.adapters):
+            del host.adapters[name]
+        if not host.adapters:
+            model.set_submodule(path, host.layer)
+    switch.active, switch.rows = tuple(n for n in switch.active if n not in names), None
+    return model
+
+
+def layer_shapes(model: nn.Module, targets: Targets = "all-linear") -> dict[str, tuple[int, int]]:
+    """path -> (out, in) of the linear layers that `targets` names."""
+    sites = _sites(model)
+    found = find_targets(model, targets)
+    return {p: shape_of(sites[p].layer if isinstance(sites[p], Adapted) else sites[p]) for p in found}

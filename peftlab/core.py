@@ -1,0 +1,139 @@
+"""The one idea: a PEFT method is a small trainable module around a frozen function, y = adapter(f, x).
+
+`f` is the frozen layer, or that layer as the adapters before this one left it. An `Adapter` is one method on one layer;
+a host (`Adapted`) takes the layer's place in the model and owns all that is the same for every method: which adapters
+run, mixed batches, dtypes, merge and unmerge. Shapes: B batch, T tokens, in/out features of the layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .fused import fusible, low_rank_linear
+from .layers import as_dense, shape_of
+
+METHODS: dict[str, type[Adapter]] = {}  # name -> class; tests, tables and lessons loop over it
+
+
+class Adapter(nn.Module):
+    """One method on one frozen layer: write `delta` (an added term) or `forward` (anything that is not a sum)."""
+
+    hf_type: str | None = None  # peft_type in the HF PEFT file format
+    hf_hyper: dict[str, str] = {}  # hyper-parameter -> its name in adapter_config.json
+    hf_params: dict[str, str] = {}  # parameter -> its name in adapter_model.safetensors
+
+    def __init_subclass__(cls):
+        METHODS[cls.__name__] = cls
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.__dict__["layer"] = layer  # a plain reference, no submodule: neither saved nor trained with the adapter
+
+    @staticmethod
+    def size(out_features: int, in_features: int, **hyper) -> int:
+        """The closed formula of the number of trained parameters on one layer."""
+        raise NotImplementedError
+
+    def delta(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out): what is added to the layer's output."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """(A, B) if Δ(x) is just x·Aᵀ·Bᵀ now, with A (r, in) and B (out, r): lets the host fuse it with the layer."""
+        return None
+
+    def forward(self, f, x: Tensor) -> Tensor:
+        """y = f(x) + Δ(x)"""
+        pair = self.factors() if fusible(f, x) else None
+        return f(x) + self.change(x) if pair is None else low_rank_linear(f, x, *pair)
+
+    def change(self, x: Tensor) -> Tensor:
+        """Δ(x) in x's dtype: adapters may stay float32 on a bfloat16 or 4-bit base."""
+        return self.delta(x.to(next(self.parameters()).dtype)).to(x.dtype)
+
+    def fold(self, layer: nn.Module) -> nn.Module:
+        """The float64 `layer` with this adapter merged into it. Raises ValueError if that is not possible.
+
+        An affine map is known from its values at 0 and at the unit vectors, so no method needs merge code of its own.
+        """
+        f = partial(copy.deepcopy(self).double().eval(), layer)
+        unit = torch.eye(shape_of(layer)[1], dtype=torch.double, device=next(self.parameters()).device)
+        bias = f(0 * unit[:1])[0]
+        weight = (f(unit) - bias).T
+        probe = torch.randn(4, len(unit), generator=torch.Generator().manual_seed(0)).to(unit)
+        if not torch.allclose(f(probe), probe @ weight.T + bias, rtol=1e-6, atol=1e-9):
+            raise ValueError("the adapted layer is not an affine map of its input, so no weight can stand for it")
+        return as_dense(layer, weight, bias)
+
+
+@dataclass
+class Switch:
+    """Which adapters run. One object shared by all hosts of a model, so that all layers switch together."""
+
+    active: tuple[str, ...] = ()
+    rows: dict[str | None, Tensor] | None = None  # mixed batch: adapter (None: bare base) -> its rows' numbers
+
+
+class Adapted(nn.Module):
+    """Host: a frozen layer and the adapters attached to it, by name. It takes the layer's place in the model."""
+
+    def __init__(self, layer: nn.Module, switch: Switch):
+        super().__init__()
+        self.layer, self.switch = layer, switch
+        self.adapters, self.merged = nn.ModuleDict(), ()
+        self.__dict__["original"] = None  # the untouched layer while merged; not part of the state dict
+
+    def __getattr__(self, name):  # model code such as `wo.weight.dtype` keeps working
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def run(self, names, *args, **kwargs):
+        """The layer with the named adapters, nested: each adapts what the ones before it left."""
+        f = self.layer
+        for name in names:
+            if name in self.adapters and name not in self.merged:
+                f = partial(self.adapters[name], f)
+        return f(*args, **kwargs)
+
+    def forward(self, *args, **kwargs):
+        rows = self.switch.rows
+        return self.run(self.switch.active, *args, **kwargs) if rows is None else self.mixed(rows, *args, **kwargs)
+
+    def mixed(self, rows, x: Tensor, *args, **kwargs):
+        """A batch whose rows belong to different adapters; added terms share one f(x), other methods run apart."""
+        if sum(map(len, rows.values())) != len(x):
+            raise ValueError(f"the batch has {len(x)} rows, but adapters were named for {sum(map(len, rows.values()))}")
+        here = {n: r.to(x.device) for n, r in rows.items() if n in self.adapters and n not in self.merged and len(r)}
+        y = self.layer(x, *args, **kwargs)
+        for name, row in here.items():
+            adapter = self.adapters[name]
+            if type(adapter).forward is Adapter.forward:
+                y = y.index_add(0, row, adapter.change(x[row]))
+            else:
+                y = y.index_copy(0, row, self.run((name,), x[row], *args, **kwargs))
+        return y
+
+    @torch.no_grad()
+    def merge(self, names: tuple[str, ...]) -> None:
+        """Fold the named adapters into the layer, in float64, innermost first; the untouched layer is kept."""
+        here = [n for n in names if n in self.adapters]
+        layer = copy.deepcopy(self.layer).double()
+        for name in here:
+            layer = self.adapters[name].fold(layer)
+        if here:
+            dtype = next((p.dtype for p in self.layer.parameters() if p.is_floating_point()), torch.bfloat16)
+            self.__dict__["original"], self.layer = self.layer, layer.to(dtype).requires_grad_(False)
+        self.merged = tuple(names)
+
+    def unmerge(self) -> None:
+        """Put the untouched layer back: exact, bit for bit."""
+        if self.original is not None:
+            self.layer, self.__dict__["original"] = self.original, None
+        self.merged = ()

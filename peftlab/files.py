@@ -1,0 +1,268 @@
+"""Read and write adapters in the file format of HF PEFT: adapter_config.json and adapter_model.safetensors.
+
+The two libraries read each other's folders. Only JSON and safetensors are read, never pickle. A folder is checked as a
+whole before the model is touched: after an error the model is as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attach import _sites, adapters, attach_plan, detach, find_targets, hosts, patterned, switch_of
+from .core import METHODS, Adapter
+from .paths import atomic_files
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+COPY = "ModuleCopy"
+PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}  # ours -> HF PEFT's; other settings are one per adapter
+# settings that change nothing in what a finished adapter computes, or that the weights' own names say already
+IGNORED = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
+    "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "target_modules", "task_type", "megatron_core", "ensure_weight_tying", "eva_config",
+}  # fmt: skip
+HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")  # initialisations that alter the base too
+
+
+def _task(model: nn.Module) -> str | None:
+    endings = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
+               "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForTokenClassification": "TOKEN_CLS",
+               "ForQuestionAnswering": "QUESTION_ANS"}  # fmt: skip
+    return next((task for end, task in endings.items() if type(model).__name__.endswith(end)), None)
+
+
+def _shortest(model: nn.Module, paths: list[str]) -> list[str]:
+    """Path endings that name exactly these modules: the last words if they suffice, else the whole paths."""
+    endings = sorted({p.rsplit(".", 1)[-1] for p in paths})
+    return endings if set(find_targets(model, endings)) == set(paths) else sorted(paths)
+
+
+def _fingerprint(model: nn.Module, paths) -> str:
+    """The first numbers of some adapted layers' weights: enough to notice an adapter on another base."""
+    found = {}
+    for path in sorted(paths)[:: max(1, len(paths) // 8)]:
+        layer = _bare(model, path)
+        weight = getattr(layer, "weight", None)
+        if weight is not None and weight.is_floating_point() and weight.device.type != "meta":
+            found[path] = [round(v, 6) for v in weight.detach().flatten()[:8].tolist()]
+    return json.dumps(found)
+
+
+def _bare(model: nn.Module, path: str) -> nn.Module:
+    host = hosts(model).get(path)
+    return model.get_submodule(path) if host is None else (host.original or host.layer)
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Path:
+    """Write the named adapter into `folder`, in HF PEFT's format; returns the folder.
+
+    Both files are complete on disk before either takes its name; other files in the folder are left alone.
+    Raises ValueError for an unknown name or values that are not finite, OSError when it cannot be written.
+    """
+    from safetensors.torch import save
+
+    there = adapters(model)
+    if name not in there:
+        raise ValueError(f"no adapter named {name!r} is attached. Attached: {', '.join(there) or 'none'}")
+    found = there[name]
+    copies = {p: a for p, a in found.items() if type(a).__name__ == COPY}
+    main = {p: a for p, a in found.items() if p not in copies}
+    kinds = {type(a) for a in main.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"adapter {name!r} mixes {', '.join(k.__name__ for k in kinds)}: HF PEFT's format holds one "
+                         "method a folder; attach them under two names")  # fmt: skip
+    tensors: dict[str, Tensor] = {}
+    for path, adapter in found.items():
+        if path in copies:
+            tensors |= {f"{PREFIX}{path}.{n}": t for n, t in adapter.module.state_dict().items()}
+        else:
+            names = adapter.hf_params
+            tensors |= {f"{PREFIX}{path}.{names.get(n, n)}": p for n, p in adapter.named_parameters()}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key} of adapter {name!r} holds NaN or inf; nothing was written")
+
+    method, task = kinds.pop() if kinds else METHODS[COPY], _task(model)
+    config: dict[str, Any] = {
+        "peft_type": method.hf_type or method.__name__.upper(),
+        "task_type": task if copies or task not in HEADED else None,  # there HF PEFT insists on a saved head
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
+        "inference_mode": True,
+        "target_modules": _shortest(model, list(main)) if main else [],
+        "modules_to_save": _shortest(model, list(copies)) if copies else None,
+        **_settings(method, main),
+    }
+    data = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    metadata = {"format": "pt", "peftlab_base": _fingerprint(model, list(main) or list(copies))}
+    folder = Path(folder)
+    atomic_files({folder / WEIGHTS: save(data, metadata), folder / CONFIG: json.dumps(config, indent=2) + "\n"})
+    return folder
+
+
+def _settings(method: type[Adapter], main: Mapping[str, Adapter]) -> dict[str, Any]:
+    """Hyper-parameters as HF PEFT spells them; layers that differ from the most common value go into its patterns."""
+    settings: dict[str, Any] = {}
+    if any(type(site).__name__ == "Conv1D" for site in (a.layer for a in main.values())):
+        settings["fan_in_fan_out"] = True
+    for ours, theirs in method.hf_hyper.items():
+        values = {path: adapter.hyper[ours] for path, adapter in main.items()}
+        if not values:
+            continue
+        common = Counter(values.values()).most_common(1)[0][0]
+        settings[theirs] = common
+        rest = {path: value for path, value in values.items() if value != common}
+        if rest and ours not in PATTERNS:
+            raise ValueError(f"{ours} differs between layers, which HF PEFT's format cannot express")
+        if rest:
+            settings[PATTERNS[ours]] = rest
+    return settings
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
+    """(config, tensors, metadata) of an adapter folder, or an error that says what is wrong with which file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG}")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG} is damaged ({error}); save or download the adapter again") from None
+    if not (folder / WEIGHTS).is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        raise FileNotFoundError(f"{folder} has no {WEIGHTS}" + (
+            "; adapter_model.bin is pickle, which can run any code and is not read: re-save it with HF PEFT "
+            "(save_pretrained writes safetensors)" if pickled else ""))  # fmt: skip
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as f:
+            tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / WEIGHTS} is truncated or damaged ({error}); copy or download it again") from None
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{folder / WEIGHTS} holds NaN or inf in {key}: a damaged file or a diverged training")
+    return config, tensors, metadata
+
+
+def _method(config: dict, folder: Path) -> type[Adapter]:
+    """The method a config asks for; settings that would change its meaning and that we do not know are refused."""
+    from . import methods  # noqa: F401  fills METHODS
+
+    kind = config.get("peft_type")
+    found = next((m for n, m in METHODS.items() if kind in (m.hf_type, n.upper())), None)
+    if found is None:
+        known = sorted(m.hf_type for m in METHODS.values() if m.hf_type)
+        raise ValueError(f"{folder / CONFIG}: peft_type {kind!r} is not implemented here; there are {', '.join(known)}")
+    known = {*IGNORED, *found.hf_hyper.values(), *PATTERNS.values()}
+    for key, value in config.items():
+        init = key.startswith("init_")
+        if init and isinstance(value, str) and value.lower().startswith(BASE_CHANGING):
+            raise ValueError(f"{folder / CONFIG}: {key}={value!r} changed the base weights when training began, so the "
+                             "adapter does not fit the original base; convert it with HF PEFT's "
+                             "path_initial_model_for_weight_conversion")  # fmt: skip
+        unset = value in (None, False, "none", "", [], {}) or key.endswith("_config")
+        if not (init or unset or key in known):
+            raise ValueError(f"{folder / CONFIG}: {key}={value!r} is a variant that {found.__name__} here has not")
+    return found
+
+
+def _plan(model: nn.Module, config: dict, tensors: dict[str, Tensor], method: type[Adapter], folder: Path):
+    """({path: (method, hyper)}, {path: {our parameter: tensor}}) of a file, checked against the model's modules."""
+    sites = _sites(model)
+    endings = {ending: ours for ours, ending in method.hf_params.items()}
+    saved = config.get("modules_to_save") or []
+    weights: dict[str, dict[str, Tensor]] = {}
+    copies: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        bare = key.removeprefix(PREFIX)
+        ending = next((e for e in endings if bare.endswith(f".{e}")), None)
+        path = bare.removesuffix(f".{ending}") if ending else ""
+        copied = (p for p in sites if bare.startswith(p + ".") and any(p == s or p.endswith(f".{s}") for s in saved))
+        copy = next(copied, None)
+        if path in sites:
+            weights.setdefault(path, {})[endings[str(ending)]] = tensor
+        elif copy:
+            copies.setdefault(copy, {})[f"module.{bare.removeprefix(copy + '.')}"] = tensor
+        else:
+            raise ValueError(f"{folder / WEIGHTS} holds {key!r}, for which {type(model).__name__} has no module: "
+                             "this is an adapter of another model")  # fmt: skip
+    given = {ours: config[theirs] for ours, theirs in method.hf_hyper.items() if theirs in config}
+    by_layer = {ours: config.get(theirs) for ours, theirs in PATTERNS.items()}
+    plan = {path: (method, patterned(path, given, by_layer)) for path in weights}
+    return plan | {path: (METHODS[COPY], {}) for path in copies}, weights | copies
+
+
+def _check_base(model: nn.Module, metadata: Mapping[str, str], folder: Path) -> None:
+    for path, numbers in json.loads(metadata.get("peftlab_base", "{}")).items():
+        weight = getattr(_bare(model, path), "weight", None)
+        if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
+            continue
+        here = weight.detach().flatten()[: len(numbers)].float().cpu()
+        if not torch.allclose(here, torch.tensor(numbers), rtol=0.02, atol=1e-4):  # room for a bf16 copy of the base
+            raise ValueError(f"the adapter in {folder} was trained on another base: the weights of {path!r} differ. "
+                             "Load that base, or pass check_base=False to use it all the same")  # fmt: skip
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike, name: str = "default", *, check_base: bool = True
+) -> nn.Module:
+    """Attach the adapter saved in `folder` (by us or by HF PEFT) under `name`, and make it the active one.
+
+    If an adapter of that name and shape is attached already, its values are replaced in place: a compiled model is not
+    compiled again. Raises FileNotFoundError or ValueError (damaged file, other model, other base, unknown variant) with
+    the model as it was before. Returns the model.
+    """
+    folder = Path(folder)
+    config, tensors, metadata = _read(folder)
+    method = _method(config, folder)
+    plan, weights = _plan(model, config, tensors, method, folder)
+    if check_base:
+        _check_base(model, metadata, folder)
+    swap = name in adapters(model)
+    before = (switch_of(model).active, switch_of(model).rows) if hosts(model) else None
+    trainable = None if hosts(model) else [p for p in model.parameters() if p.requires_grad]
+    if not swap:
+        attach_plan(model, name, plan)
+    try:
+        _fill(adapters(model)[name], weights, folder, name)
+    except BaseException:
+        if not swap:
+            detach(model, name)
+            if before:
+                switch_of(model).active, switch_of(model).rows = before
+            for parameter in trainable or ():
+                parameter.requires_grad_(True)
+        raise
+    return model
+
+
+@torch.no_grad()
+def _fill(into: dict[str, Adapter], weights: dict[str, dict[str, Tensor]], folder: Path, name: str) -> None:
+    """Copy the tensors into the attached adapter; every name and shape is checked before the first copy."""
+    if set(into) != set(weights):
+        odd = sorted(set(into) ^ set(weights))[0]
+        raise ValueError(f"adapter {name!r} is attached to other layers than {folder} ({odd!r}); detach it first")
+    copies: list[tuple[Tensor, Tensor]] = []
+    for path, adapter in into.items():
+        want = adapter.state_dict(keep_vars=True)
+        odd = set(want) ^ set(weights[path])
+        if odd:
+            raise ValueError(f"{folder / WEIGHTS} and the model disagree on {path!r}: only one has {sorted(odd)[0]!r}")
+        for key, tensor in weights[path].items():
+            if want[key].shape != tensor.shape:
+                raise ValueError(f"{folder / WEIGHTS}: {path}.{key} is {tuple(tensor.shape)}, this model needs "
+                                 f"{tuple(want[key].shape)}: an adapter of another model or rank")  # fmt: skip
+            copies.append((want[key], tensor))
+    for there, tensor in copies:
+        there.copy_(tensor)

@@ -1,0 +1,54 @@
+"""The kinds of layers that methods know: nn.Linear, transformers' Conv1D (GPT-2) and layers shaped like them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """transformers' Conv1D is a linear layer that stores W transposed, (in, out). By name: transformers stays lazy."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """nn.Linear, Conv1D, or a quantised layer with in_features and out_features."""
+    return is_conv1d(layer) or (hasattr(layer, "in_features") and hasattr(layer, "out_features"))
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer; a ValueError names any other kind."""
+    if is_conv1d(layer):
+        return layer.nf, layer.weight.shape[0]
+    if not is_linear(layer):
+        raise ValueError(f"needs a linear layer (nn.Linear, Conv1D), not {type(layer).__name__}; choose other targets")
+    return layer.out_features, layer.in_features
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """W (out, in) of a linear layer whatever its storage; a quantised layer is dequantised, at the cost of one copy."""
+    if hasattr(layer, "dequantize"):
+        return layer.dequantize()
+    return layer.weight.T if is_conv1d(layer) else layer.weight
+
+
+def as_dense(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A layer of the same kind with W (out, in) and b (out,); a bias that is nil is left out where there was none."""
+    if not is_conv1d(layer) and type(layer) is not nn.Linear:  # quantised: only a dense layer can hold the sum
+        new = nn.Linear(weight.shape[1], weight.shape[0], device="meta", dtype=weight.dtype)
+        new.bias = None if layer.bias is None else new.bias
+    else:
+        new = copy.deepcopy(layer)
+    new.weight = nn.Parameter((weight.T if is_conv1d(layer) else weight).contiguous(), requires_grad=False)
+    if new.bias is not None or bias.any():
+        new.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return new
+
+
+def device_of(layer: nn.Module) -> torch.device:
+    """Where a layer's tensors live."""
+    tensor = next(layer.parameters(), None)
+    tensor = next(layer.buffers(), None) if tensor is None else tensor
+    return torch.device("cpu") if tensor is None else tensor.device

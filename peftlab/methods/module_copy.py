@@ -1,0 +1,35 @@
+"""A trained copy of a whole module: what HF PEFT calls modules_to_save."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from ..core import Adapter
+
+
+class ModuleCopy(Adapter):
+    """A copy of the module, trained in full in its place: for new heads and other parts that must change entirely.
+
+    y = f′(x), with f′ the copy; the frozen module stays, so the copy is switched, mixed, merged like any adapter.
+    Trained: every parameter of the module. In HF PEFT's files: `modules_to_save`, beside any other method.
+    Source: modules_to_save of HF PEFT, docs of LoraConfig; its use for heads: Hu et al. 2021, arXiv:2106.09685, 5.1.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__(layer)
+        if next(layer.parameters(), None) is None:
+            raise ValueError(f"{type(layer).__name__} has no parameters to train; choose another module")
+        self.module = copy.deepcopy(layer).requires_grad_(True)
+
+    @staticmethod
+    def size(out_features: int, in_features: int, bias: bool = True, **_) -> int:
+        """in·out, and out for a bias"""
+        return in_features * out_features + bias * out_features
+
+    def forward(self, f, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def fold(self, layer: nn.Module) -> nn.Module:
+        return copy.deepcopy(self.module).double()

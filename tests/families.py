@@ -1,0 +1,82 @@
+"""One tiny random model of each family that the core promises to work on, built from a config: nothing is downloaded."""
+
+from __future__ import annotations
+
+import torch
+
+VOCABULARY, WIDTH = 96, 32
+
+# family -> an adaptable pattern of two kinds of layers, and the head (None: no head of its own)
+TARGETS = {
+    "llama": "q_proj|down_proj",
+    "qwen2": "v_proj|up_proj",
+    "qwen3": "q_proj|o_proj",
+    "mistral": "k_proj|gate_proj",
+    "gpt2": "c_attn|c_fc",
+    "opt": "q_proj|fc1",
+    "bert": "query|intermediate.dense",
+    "t5": "q|wi",
+}
+FAMILIES = tuple(TARGETS)
+
+
+def build(family: str, seed: int = 0, **more):
+    """The model in eval mode, with weights large enough that adapters show in the logits."""
+    import transformers as t
+
+    llama_like = dict(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0, **more
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    if family == "llama":
+        model = t.LlamaForCausalLM(t.LlamaConfig(**llama_like))
+    elif family == "qwen2":
+        model = t.Qwen2ForCausalLM(t.Qwen2Config(**llama_like))
+    elif family == "qwen3":
+        model = t.Qwen3ForCausalLM(t.Qwen3Config(head_dim=8, **llama_like))
+    elif family == "mistral":
+        model = t.MistralForCausalLM(t.MistralConfig(**llama_like))
+    elif family == "gpt2":
+        model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64,
+                                               initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=1, **more))
+    elif family == "opt":
+        model = t.OPTForCausalLM(t.OPTConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, ffn_dim=64, num_hidden_layers=2,
+                                             num_attention_heads=4, max_position_embeddings=64, init_std=0.2, pad_token_id=0,
+                                             word_embed_proj_dim=WIDTH, **more))
+    elif family == "bert":
+        model = t.BertForSequenceClassification(
+            t.BertConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, max_position_embeddings=64, num_labels=3, initializer_range=0.2,
+                         pad_token_id=0, **more))
+    elif family == "t5":
+        model = t.T5ForConditionalGeneration(
+            t.T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+                       decoder_start_token_id=0, pad_token_id=0, **more))
+    else:
+        raise ValueError(family)
+    return model.eval()
+
+
+def inputs(family: str, rows: int = 3, length: int = 9, seed: int = 7) -> dict:
+    """A batch of token ids (rows, length) for the family, with what else its forward needs."""
+    draw = torch.Generator().manual_seed(seed)
+    batch = {"input_ids": torch.randint(2, VOCABULARY, (rows, length), generator=draw)}
+    if family == "t5":
+        batch["decoder_input_ids"] = torch.randint(2, VOCABULARY, (rows, 5), generator=draw)
+    return batch
+
+
+def labels(family: str, batch: dict) -> torch.Tensor:
+    """Something to learn from the batch."""
+    if family == "bert":
+        return torch.arange(len(batch["input_ids"])) % 3
+    return batch["decoder_input_ids"] if family == "t5" else batch["input_ids"]
+
+
+def shake(module: torch.nn.Module, scale: float = 0.1, seed: int = 1) -> None:
+    """Move an adapter's parameters off their initial values, so that its effect is not nil."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=draw).to(parameter))

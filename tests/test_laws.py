@@ -1,0 +1,347 @@
+"""The laws of every method in the registry, each on a whole model. A new method file is picked up by itself."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from families import build, inputs, labels, shake
+from torch import nn
+
+import peftlab as pl
+from peftlab.core import Adapted, Adapter, Switch
+
+METHODS = [m for m in pl.METHODS.values() if m.__module__.startswith("peftlab.")]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TARGETS = "q_proj|v_proj|down_proj"
+NOT_AFFINE: dict[str, str] = {}  # method -> a word of the reason why it cannot be merged
+NOT_IDENTITY: set[str] = set()  # methods whose paper starts elsewhere than at the base
+
+every = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
+both = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def base(dtype: str = "fp32"):
+    return build("llama").to(DTYPES[dtype])
+
+
+def with_two(method, dtype="fp32", moved=True):
+    """A model with the adapters "a" and "b" of one method, moved off their start."""
+    model = base(dtype)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        pl.attach(model, method, TARGETS, name=name)
+        for adapter in pl.adapters(model)[name].values():
+            if moved:
+                shake(adapter, 0.05, seed=seed)
+    return model
+
+
+def logits(model, **batch):
+    with torch.no_grad():
+        return model(**(batch or inputs("llama"))).logits
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    """The base's tensors by their name in the bare model."""
+    return {k.replace(".layer.", "."): v.clone() for k, v in model.state_dict().items() if ".adapters." not in k}
+
+
+def tolerance(dtype: str) -> dict:
+    # fp32: sums in another order. bf16: 8 bits of mantissa, and a merged weight is rounded once more
+    return dict(rtol=1e-5, atol=2e-5) if dtype == "fp32" else dict(rtol=0.05, atol=0.15)
+
+
+@both
+@every
+def test_1_attached_and_untrained_it_changes_nothing(method, dtype):
+    bare = logits(base(dtype))
+    model = with_two(method, dtype, moved=False)
+    if method.__name__ in NOT_IDENTITY:
+        pytest.skip("its paper starts elsewhere")
+    for names in [(), ("a",), ("a", "b")]:
+        with pl.using(model, *names):
+            assert torch.equal(logits(model), bare)
+
+
+@both
+@every
+def test_2_only_the_active_adapter_learns_and_the_base_keeps_its_bytes(method, dtype):
+    model = with_two(method, dtype)
+    before = state(model)
+    batch = inputs("llama")
+    with pl.using(model, "a"):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.1)
+        model.train()
+        model(**batch, labels=labels("llama", batch)).loss.backward()
+        optimizer.step()
+    for adapter in pl.adapters(model)["a"].values():
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapter.parameters())
+        assert all(p.grad.dtype == p.dtype for p in adapter.parameters())
+    assert all(p.grad is None for a in pl.adapters(model)["b"].values() for p in a.parameters())
+    after = state(model)
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+@both
+@every
+def test_3_and_4_merge_equals_forward_and_unmerge_is_exact(method, dtype):
+    model = with_two(method, dtype)
+    before, bare = state(model), logits(base(dtype))
+    for names in [("a",), ("a", "b"), ("b", "a")]:
+        pl.activate(model, *names)
+        want = logits(model)
+        assert (want - bare).abs().max() > 0.05, "the adapter must show, or the test proves nothing"
+        if method.__name__ in NOT_AFFINE:
+            with pytest.raises(ValueError, match=NOT_AFFINE[method.__name__]):
+                pl.merge(model)
+        else:
+            pl.merge(model, *names)
+            torch.testing.assert_close(logits(model), want, **tolerance(dtype))
+            with pytest.raises(ValueError, match="unmerge"), pl.using(model):
+                pass
+            pl.unmerge(model)
+        assert all(torch.equal(state(model)[k], v) for k, v in before.items())
+        assert torch.equal(logits(model), want)
+
+
+@every
+def test_3b_a_merged_weight_is_the_float64_sum_rounded_once(method):
+    if method is not pl.LoRA:
+        pytest.skip("stated for the method whose sum can be written in a line")
+    model = with_two(method)
+    a = pl.adapters(model)["a"]
+    wanted = {p: (x.layer.weight.double() + x.scaling * x.lora_B.double() @ x.lora_A.double()).float()
+              for p, x in a.items()}  # fmt: skip
+    torch.set_float32_matmul_precision("medium")
+    try:
+        pl.activate(model, "a")
+        pl.merge(model)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(model.get_submodule(p).layer.weight, w) for p, w in wanted.items())
+
+
+@every
+def test_3c_part_of_the_active_adapters_can_be_merged(method):
+    model = with_two(method)
+    pl.activate(model, "a", "b")
+    want = logits(model)
+    with pytest.raises(ValueError, match="order"):
+        pl.merge(model, "b")
+    if method.__name__ not in NOT_AFFINE:
+        pl.merge(model, "a")
+        torch.testing.assert_close(logits(model), want, **tolerance("fp32"))
+
+
+@both
+@every
+def test_5_a_mixed_batch_is_each_row_with_its_own_adapter(method, dtype):
+    model = with_two(method, dtype)
+    batch = inputs("llama", rows=5)
+    rows = ["a", None, "b", "b", "a"]
+    with pl.using(model, rows=rows):
+        mixed = logits(model, **batch)
+    for i, name in enumerate(rows):
+        with pl.using(model, *([name] if name else [])):
+            alone = logits(model, input_ids=batch["input_ids"][i : i + 1])
+        torch.testing.assert_close(mixed[i : i + 1], alone, **tolerance(dtype))
+
+
+@every
+def test_6_saved_and_loaded_it_is_the_same(method, tmp_path):
+    model = with_two(method)
+    with pl.using(model, "b"):
+        want = logits(model)
+    pl.save_adapter(model, tmp_path, name="b")
+    again = pl.load_adapter(base(), tmp_path, name="c")
+    assert torch.equal(logits(again), want)
+    hyper = {p: a.hyper for p, a in pl.adapters(model)["b"].items()}
+    assert {p: a.hyper for p, a in pl.adapters(again)["c"].items()} == hyper
+
+
+@every
+def test_7_copied_pickled_and_compiled_it_is_the_same(method):
+    model = with_two(method)
+    pl.activate(model, "a", "b")
+    want = logits(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), want)
+        host = next(iter(pl.hosts(twin).values()))
+        assert host.adapters["a"].layer is host.layer, "a copy adapts its own layer, not the original's"
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), want, **tolerance("fp32"))
+    batch = inputs("llama")
+    compiled(**batch, labels=labels("llama", batch)).loss.backward()
+    got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(**batch, labels=labels("llama", batch)).loss.backward()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@every
+def test_7b_gradient_checkpointing_gives_the_same_gradients(method, reentrant):
+    batch, grads = inputs("llama"), []
+    for checkpointing in (False, True):
+        model = with_two(method).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model(**batch, labels=labels("llama", batch)).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0] and grads[0].keys() == grads[1].keys()
+    for name, gradient in grads[0].items():
+        torch.testing.assert_close(gradient, grads[1][name], rtol=1e-5, atol=1e-6)
+
+
+@every
+def test_8_the_count_is_the_closed_formula(method):
+    model = with_two(method)
+    for path, (out_features, in_features) in pl.layer_shapes(model, TARGETS).items():
+        adapter = pl.adapters(model)["a"][path]
+        counted = sum(p.numel() for p in adapter.parameters())
+        hyper = adapter.hyper if method.__name__ != "ModuleCopy" else {"bias": adapter.layer.bias is not None}
+        assert counted == method.size(out_features, in_features, **hyper)
+
+
+@every
+def test_9_train_and_eval_and_the_active_set_never_change_what_is_trainable(method):
+    model = with_two(method)
+    pl.freeze(model, "a")
+
+    def trainable():
+        return {n for n, p in model.named_parameters() if p.requires_grad}
+
+    want = trainable()
+    assert want and all(".adapters.b." in n for n in want)
+    for change in (model.train, model.eval, lambda: pl.activate(model), lambda: pl.activate(model, "a", "b")):
+        change()
+        assert trainable() == want
+    with pl.using(model, "a"):
+        assert trainable() == want
+    pl.freeze(model, "a", frozen=False)
+    assert any(".adapters.a." in n for n in trainable())
+
+
+@every
+def test_10_detached_the_model_is_the_base_again(method):
+    bare = base()
+    model = with_two(method)
+    pl.detach(model, "a")
+    assert list(pl.adapters(model)) == ["b"]
+    pl.detach(model)
+    assert [n for n, _ in model.named_modules()] == [n for n, _ in bare.named_modules()]
+    assert torch.equal(logits(model), logits(bare))
+    assert model.state_dict().keys() == bare.state_dict().keys()
+
+
+class Doubled(Adapter):
+    """Not a sum: a method that calls f and changes what comes out, to hold the host to more than `delta`."""
+
+    def __init__(self, layer, start: float = 2.0):
+        super().__init__(layer)
+        self.gain = nn.Parameter(torch.full((1,), start))
+
+    def forward(self, f, x):
+        return f(x) * self.gain
+
+
+class Bent(Doubled):
+    """Not affine: cannot be merged."""
+
+    def forward(self, f, x):
+        return f(x).relu() * self.gain
+
+
+del pl.METHODS["Doubled"], pl.METHODS["Bent"]  # defined for this file only
+
+
+def test_adapters_nest_in_the_order_of_activation():
+    layer, switch = nn.Linear(4, 4), Switch()
+    host = Adapted(layer, switch)
+    host.adapters["low"], host.adapters["gain"] = pl.LoRA(layer, r=2), Doubled(layer)
+    shake(host.adapters["low"], 0.5)
+    x = torch.randn(3, 4)
+    low = host.adapters["low"].delta(x)
+    switch.active = ("low", "gain")
+    torch.testing.assert_close(host(x), 2 * (layer(x) + low))
+    switch.active = ("gain", "low")
+    torch.testing.assert_close(host(x), 2 * layer(x) + low)
+    for names in (("low", "gain"), ("gain", "low")):
+        switch.active = names
+        want = host(x)
+        host.merge(names)
+        torch.testing.assert_close(host(x), want)
+        host.unmerge()
+
+
+def test_what_is_not_affine_is_refused_and_the_rest_is_unmerged_again():
+    model = base()
+    pl.attach(model, pl.LoRA, "q_proj", name="a")
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"):
+        host = model.get_submodule(path)
+        host.adapters["bent"] = Bent(host.layer)
+        break
+    before = state(model)
+    pl.activate(model, "a", "bent")
+    with pytest.raises(ValueError, match="affine"):
+        pl.merge(model, "a", "bent")
+    assert not any(h.merged for h in pl.hosts(model).values())
+    assert all(torch.equal(v, before[k]) for k, v in state(model).items())
+
+
+def test_the_fused_path_is_the_equation():
+    """LoRA's factors go through the host's fused node; values and gradients are those of f(x) + Δ(x)."""
+    torch.manual_seed(0)
+    for dtype in (torch.float64, torch.bfloat16):
+        layer = nn.Linear(12, 20).requires_grad_(False).to(dtype)
+        lora = pl.LoRA(layer, r=3, alpha=5)
+        lora = lora.double() if dtype == torch.float64 else lora
+        shake(lora, 0.5)
+        x = torch.randn(2, 7, 12, dtype=dtype, requires_grad=True)
+        results = []
+        for fused in (True, False):
+            y = lora(layer, x) if fused else layer(x) + lora.change(x)
+            weight = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)
+            results.append((y, *torch.autograd.grad((y * weight).sum(), [x, lora.lora_A, lora.lora_B])))
+        assert "LowRankLinear" in type(lora(layer, x).grad_fn).__name__
+        close = dict(rtol=1e-10, atol=1e-10) if dtype == torch.float64 else dict(rtol=0.05, atol=0.1)
+        for fast, plain in zip(*results, strict=True):
+            torch.testing.assert_close(fast, plain, **close)
+
+
+def test_the_fused_path_keeps_no_more_than_the_plain_one():
+    layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    lora, x = pl.LoRA(layer, r=2), torch.randn(128, 64, requires_grad=True)
+
+    def kept(f):
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.__setitem__(t.data_ptr(), t.numel()), t)[1], lambda t: t):
+            f()
+        return sum(sizes.values())
+
+    assert kept(lambda: lora(layer, x)) <= kept(lambda: layer(x) + lora.change(x))
+
+
+def test_autocast_takes_the_plain_path_and_still_learns():
+    model = pl.attach(base(), pl.LoRA, TARGETS)
+    batch = inputs("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch, labels=labels("llama", batch)).loss.backward()
+    assert all(a.lora_B.grad.abs().sum() > 0 for a in pl.adapters(model)["default"].values())
+
+
+def test_generation_with_a_mixed_batch_and_a_cache():
+    model = with_two(pl.LoRA)
+    ids = inputs("llama", rows=3)["input_ids"]
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    with pl.using(model, rows=["b", None, "a"]):
+        mixed = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    for i, names in enumerate([("b",), (), ("a",)]):
+        with pl.using(model, *names):
+            row = ids[i : i + 1]
+            assert torch.equal(model.generate(row, attention_mask=torch.ones_like(row), **settings)[0], mixed[i])
