@@ -38,8 +38,9 @@ def _sites(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _did_you_mean(word: str, known) -> str:
-    close = difflib.get_close_matches(word, sorted(set(known)), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else "."
+    spelled = {k.lower(): k for k in sorted(set(known))}
+    close = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
+    return f"; did you mean {spelled[close[0]]!r}?" if close else "."
 
 
 def _linear(site: nn.Module) -> bool:
@@ -67,24 +68,25 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
         patterns = [targets] if re.search(r"[()\[]", targets) else targets.split("|")
     if not patterns:
         raise ValueError("targets is an empty list: name at least one module, or 'all-linear'")
-    found, missed = set(), []
+    hit: set[str] = set()
+    missed = []
     for pattern in patterns:
         try:
             hits = {p for p in sites if re.fullmatch(rf"(.*\.)?({pattern})", p)}
         except re.error as error:
             raise ValueError(f"targets {pattern!r} is not a regular expression: {error}") from None
-        found |= hits
+        hit |= hits
         missed += [] if hits else [pattern]
     if missed:
         wrong = missed[0].replace("\\", "")
         endings = {p.rsplit(".", 1)[-1] for p in sites}
         linear = sorted({p.rsplit(".", 1)[-1] for p, m in sites.items() if _linear(m)})
-        part = f"The other names match {len(found)} modules; nothing was attached. " if found else ""
+        part = f"The other names match {len(hit)} modules; nothing was attached. " if hit else ""
         raise ValueError(
             f"no module path matches {wrong!r}{_did_you_mean(wrong.split('.')[-1], endings)} {part}"
             f"Linear layers of {type(model).__name__}: {', '.join(linear)}"
         )
-    return [p for p in sites if p in found]
+    return [p for p in sites if p in hit]
 
 
 def _check_site(model: nn.Module, path: str) -> None:

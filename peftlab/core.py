@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused import fusible, low_rank_linear
-from .layers import as_dense, shape_of
+from .layers import affine, as_dense, device_of, shape_of
 
 METHODS: dict[str, type[Adapter]] = {}  # name -> class; tests, tables and lessons loop over it
 
@@ -43,32 +43,23 @@ class Adapter(nn.Module):
         """(..., in) -> (..., out): what is added to the layer's output."""
         raise NotImplementedError
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """(A, B) if Δ(x) is just x·Aᵀ·Bᵀ now, with A (r, in) and B (out, r): lets the host fuse it with the layer."""
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A, B, s) if Δ(x) is just s·x·Aᵀ·Bᵀ, with A (r, in) and B (out, r): lets the host fuse it with the layer."""
         return None
 
     def forward(self, f, x: Tensor) -> Tensor:
         """y = f(x) + Δ(x)"""
-        pair = self.factors() if fusible(f, x) else None
-        return f(x) + self.change(x) if pair is None else low_rank_linear(f, x, *pair)
+        factors = self.factors() if fusible(f, x) else None
+        return f(x) + self.change(x) if factors is None else low_rank_linear(f, x, *factors)
 
     def change(self, x: Tensor) -> Tensor:
         """Δ(x) in x's dtype: adapters may stay float32 on a bfloat16 or 4-bit base."""
         return self.delta(x.to(next(self.parameters()).dtype)).to(x.dtype)
 
     def fold(self, layer: nn.Module) -> nn.Module:
-        """The float64 `layer` with this adapter merged into it. Raises ValueError if that is not possible.
-
-        An affine map is known from its values at 0 and at the unit vectors, so no method needs merge code of its own.
-        """
+        """The float64 `layer` with this adapter merged into it; ValueError if the adapted layer is not affine."""
         f = partial(copy.deepcopy(self).double().eval(), layer)
-        unit = torch.eye(shape_of(layer)[1], dtype=torch.double, device=next(self.parameters()).device)
-        bias = f(0 * unit[:1])[0]
-        weight = (f(unit) - bias).T
-        probe = torch.randn(4, len(unit), generator=torch.Generator().manual_seed(0)).to(unit)
-        if not torch.allclose(f(probe), probe @ weight.T + bias, rtol=1e-6, atol=1e-9):
-            raise ValueError("the adapted layer is not an affine map of its input, so no weight can stand for it")
-        return as_dense(layer, weight, bias)
+        return as_dense(layer, *affine(f, shape_of(layer)[1], device_of(layer)))
 
 
 @dataclass
@@ -85,7 +76,8 @@ class Adapted(nn.Module):
     def __init__(self, layer: nn.Module, switch: Switch):
         super().__init__()
         self.layer, self.switch = layer, switch
-        self.adapters, self.merged = nn.ModuleDict(), ()
+        self.adapters = nn.ModuleDict()
+        self.merged: tuple[str, ...] = ()
         self.__dict__["original"] = None  # the untouched layer while merged; not part of the state dict
 
     def __getattr__(self, name):  # model code such as `wo.weight.dtype` keeps working
@@ -108,12 +100,11 @@ class Adapted(nn.Module):
 
     def mixed(self, rows, x: Tensor, *args, **kwargs):
         """A batch whose rows belong to different adapters; added terms share one f(x), other methods run apart."""
-        if sum(map(len, rows.values())) != len(x):
-            raise ValueError(f"the batch has {len(x)} rows, but adapters were named for {sum(map(len, rows.values()))}")
-        here = {n: r.to(x.device) for n, r in rows.items() if n in self.adapters and n not in self.merged and len(r)}
+        if (named := sum(map(len, rows.values()))) != len(x):
+            raise ValueError(f"the batch has {len(x)} rows, but adapters were named for {named}")
         y = self.layer(x, *args, **kwargs)
-        for name, row in here.items():
-            adapter = self.adapters[name]
+        for name in rows.keys() & set(self.adapters):
+            adapter, row = self.adapters[name], rows[name].to(x.device)
             if type(adapter).forward is Adapter.forward:
                 y = y.index_add(0, row, adapter.change(x[row]))
             else:

@@ -276,7 +276,7 @@ def _rows(rows: Iterable[Mapping], *columns: str) -> list[dict]:
 
 
 def _encode(tokenizer, text: str, special: bool = True) -> list[int]:
-    return tokenizer(text, add_special_tokens=special)["input_ids"]
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def _pad(tokenizer) -> int:

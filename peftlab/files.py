@@ -164,7 +164,7 @@ def _method(config: dict, folder: Path) -> type[Adapter]:
     if found is None:
         known = sorted(m.hf_type for m in METHODS.values() if m.hf_type)
         raise ValueError(f"{folder / CONFIG}: peft_type {kind!r} is not implemented here; there are {', '.join(known)}")
-    known = {*IGNORED, *found.hf_hyper.values(), *PATTERNS.values()}
+    understood = {*IGNORED, *found.hf_hyper.values(), *PATTERNS.values()}
     for key, value in config.items():
         init = key.startswith("init_")
         if init and isinstance(value, str) and value.lower().startswith(BASE_CHANGING):
@@ -172,7 +172,7 @@ def _method(config: dict, folder: Path) -> type[Adapter]:
                              "adapter does not fit the original base; convert it with HF PEFT's "
                              "path_initial_model_for_weight_conversion")  # fmt: skip
         unset = value in (None, False, "none", "", [], {}) or key.endswith("_config")
-        if not (init or unset or key in known):
+        if not (init or unset or key in understood):
             raise ValueError(f"{folder / CONFIG}: {key}={value!r} is a variant that {found.__name__} here has not")
     return found
 
@@ -251,8 +251,8 @@ def load_adapter(
 def _fill(into: dict[str, Adapter], weights: dict[str, dict[str, Tensor]], folder: Path, name: str) -> None:
     """Copy the tensors into the attached adapter; every name and shape is checked before the first copy."""
     if set(into) != set(weights):
-        odd = sorted(set(into) ^ set(weights))[0]
-        raise ValueError(f"adapter {name!r} is attached to other layers than {folder} ({odd!r}); detach it first")
+        other = sorted(set(into) ^ set(weights))[0]
+        raise ValueError(f"adapter {name!r} is attached to other layers than {folder} ({other!r}); detach it first")
     copies: list[tuple[Tensor, Tensor]] = []
     for path, adapter in into.items():
         want = adapter.state_dict(keep_vars=True)

@@ -1,8 +1,8 @@
-"""A frozen linear layer and a low-rank term in one autograd node: the speed of the host, so that methods stay equations.
+"""A frozen linear layer and a low-rank term in one autograd node: speed of the host, so that methods stay equations.
 
-Written as f(x) + Δ(x), a training step builds Δ(x), adds it, and adds the two gradients of x again on the way back: four
-passes over tensors as large as the layer's output or input. Here they are accumulated inside the matrix products, and
-only x and the thin z = Ax are kept for the backward pass (x in its own dtype, even if the adapter's is another).
+Written as f(x) + Δ(x), a training step builds Δ(x), adds it, and adds the two gradients of x again on the way back:
+four passes over tensors as large as the layer's output or input. Here they are accumulated inside the matrix products,
+and only x and the thin z = Ax are kept for the backward pass (x in its own dtype, even if the adapter's is another).
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from .layers import is_conv1d, weight_of
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = W·x + b + B·A·x with frozen W, b. Shapes: x (..., in), W (out, in), A (r, in), B (out, r), y (..., out)."""
+    """y = W·x + b + s·B·A·x with frozen W, b. Shapes: x (..., in), W (out, in), A (r, in), B (out, r), y (..., out)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
         y = F.linear(x, W, b)
         z = F.linear(x.to(A.dtype), A)
         if y.dtype == B.dtype:
-            y.view(-1, y.shape[-1]).addmm_(z.view(-1, z.shape[-1]), B.T)
+            y.view(-1, y.shape[-1]).addmm_(z.view(-1, z.shape[-1]), B.T, alpha=s)
         else:
-            y += F.linear(z, B).to(y.dtype)
+            y += (s * F.linear(z, B)).to(y.dtype)
         ctx.save_for_backward(x, z, W, A, B)
+        ctx.s = s
         return y
 
     @staticmethod
@@ -33,15 +34,15 @@ class LowRankLinear(torch.autograd.Function):
         x, z, W, A, B = ctx.saved_tensors
         g = g.reshape(-1, g.shape[-1])
         own = g.to(B.dtype)
-        gz = own @ B
-        grad_B = (z.view(-1, z.shape[-1]).T @ own).T  # three times as fast as ownᵀ·z: z is the thin one
+        gz = (own @ B).mul_(ctx.s)
+        grad_B = (z.view(-1, z.shape[-1]).T @ own).mul_(ctx.s).T  # three times as fast as ownᵀ·z: z is the thin one
         grad_A = gz.T @ x.reshape(-1, x.shape[-1]).to(A.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = g @ W
             grad_x = grad_x.addmm_(gz, A) if A.dtype == grad_x.dtype else grad_x.add_((gz @ A).to(grad_x.dtype))
             grad_x = grad_x.view(x.shape)
-        return grad_x, None, None, grad_A, grad_B
+        return grad_x, None, None, grad_A, grad_B, None
 
 
 def fusible(f, x: Tensor) -> bool:
@@ -55,6 +56,6 @@ def fusible(f, x: Tensor) -> bool:
     )
 
 
-def low_rank_linear(f: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """f(x) + x·Aᵀ·Bᵀ for a `fusible` layer."""
-    return LowRankLinear.apply(x, weight_of(f), f.bias, A, B)
+def low_rank_linear(f: nn.Module, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """f(x) + s·x·Aᵀ·Bᵀ for a `fusible` layer."""
+    return LowRankLinear.apply(x, weight_of(f), f.bias, A, B, s)

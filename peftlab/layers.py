@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,20 @@ def weight_of(layer: nn.Module) -> Tensor:
     if hasattr(layer, "dequantize"):
         return layer.dequantize()
     return layer.weight.T if is_conv1d(layer) else layer.weight
+
+
+def affine(f: Callable[[Tensor], Tensor], in_features: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(W (out, in), b (out,)) of a map f(x) = Wx + b in float64, found by asking it; ValueError if it is not affine.
+
+    An affine map is known from its values at 0 and at the unit vectors; a few random inputs check that it is one.
+    """
+    unit = torch.eye(in_features, dtype=torch.double, device=device)
+    bias = f(0 * unit[:1])[0]
+    weight = (f(unit) - bias).T
+    probe = torch.randn(4, in_features, generator=torch.Generator().manual_seed(0)).to(unit)
+    if not torch.allclose(f(probe), probe @ weight.T + bias, rtol=1e-6, atol=1e-9):
+        raise ValueError("the adapted layer is not an affine map of its input, so no weight can stand for it")
+    return weight, bias
 
 
 def as_dense(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:

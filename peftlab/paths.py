@@ -71,6 +71,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
+            os.chmod(file, 0o755 if file.is_dir() else 0o644)  # some libraries write private files
             _sync(file)
         if path.exists():
             path.rename(old)

@@ -1,4 +1,4 @@
-"""One tiny random model of each family that the core promises to work on, built from a config: nothing is downloaded."""
+"""One tiny random model of each family that the core promises to work on, from a config: nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -38,12 +38,14 @@ def build(family: str, seed: int = 0, **more):
     elif family == "mistral":
         model = t.MistralForCausalLM(t.MistralConfig(**llama_like))
     elif family == "gpt2":
-        model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64,
-                                               initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=1, **more))
+        model = t.GPT2LMHeadModel(
+            t.GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64,
+                         initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=1, **more))
     elif family == "opt":
-        model = t.OPTForCausalLM(t.OPTConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, ffn_dim=64, num_hidden_layers=2,
-                                             num_attention_heads=4, max_position_embeddings=64, init_std=0.2, pad_token_id=0,
-                                             word_embed_proj_dim=WIDTH, **more))
+        model = t.OPTForCausalLM(
+            t.OPTConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, ffn_dim=64, num_hidden_layers=2,
+                        num_attention_heads=4, max_position_embeddings=64, init_std=0.2, pad_token_id=0,
+                        word_embed_proj_dim=WIDTH, **more))
     elif family == "bert":
         model = t.BertForSequenceClassification(
             t.BertConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2,

@@ -58,7 +58,8 @@ def test_ours_reads_the_reference(family, setting, tmp_path):
     base = build(family)
     heads = [HEADS[family]] if family in HEADS else None
     task = "SEQ_CLS" if family == "bert" else None
-    config = peft.LoraConfig(target_modules=targets(family), modules_to_save=heads, task_type=task, **names(SETTINGS[setting]))
+    settings = names(SETTINGS[setting])
+    config = peft.LoraConfig(target_modules=targets(family), modules_to_save=heads, task_type=task, **settings)
     reference = peft.get_peft_model(copy.deepcopy(base), config).eval()
     for name, module in reference.named_modules():
         if name.rsplit(".", 2)[-2:-1] in (["lora_A"], ["lora_B"], ["modules_to_save"]):
@@ -106,7 +107,8 @@ def test_dropout_in_training_mode_falls_where_the_reference_drops():
     """Same seed, same masks: the dropout sits on the adapter's input only, in both libraries."""
     base = build("llama")
     ours = pl.attach(copy.deepcopy(base), pl.LoRA, ["q_proj"], r=4, alpha=8, dropout=0.5).train()
-    reference = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=8, lora_dropout=0.5)).train()
+    config = peft.LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=8, lora_dropout=0.5)
+    reference = peft.get_peft_model(copy.deepcopy(base), config).train()
     theirs = {n: p for n, p in reference.named_parameters() if "lora_" in n}
     for path, adapter in pl.adapters(ours)["default"].items():
         shake(adapter)

@@ -23,8 +23,8 @@ def _missing(name: str, error: Exception) -> Exception:
     """A load error in words that say what is missing and what helps."""
     folder = Path(name)
     if name == str(EMBEDDED):
-        return FileNotFoundError(f"the embedded base model is not in {folder}; run `git checkout data/base`, or train it "
-                                 "anew with `python -m peftlab.base`")  # fmt: skip
+        return FileNotFoundError(f"the embedded base model is not in {folder}; run `git checkout data/base`, or train "
+                                 "it anew with `python -m peftlab.base`")  # fmt: skip
     if folder.is_dir():
         return ValueError(f"the folder {name!r} holds no model that transformers can read: {error}")
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
@@ -36,7 +36,7 @@ def _missing(name: str, error: Exception) -> Exception:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """No weight-loading progress bars in notebooks: their text is stored and compared."""
     from transformers.utils import logging
 
@@ -63,7 +63,7 @@ def load_base(
     name = base_name(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True)
     except (OSError, ValueError) as error:

@@ -99,7 +99,7 @@ class Batches:
 
         self.recipe, self.tokens = recipe, load_file(folder / "tokens.safetensors")
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.people, self.end = world.people(), self.tokenizer.token_to_id(EOS)
+        self.people, self.end = world.people(), int(self.tokenizer.token_to_id(EOS) or 0)
 
     def _invented(self, rng: random.Random) -> torch.Tensor:
         row: list[int] = []
@@ -128,7 +128,7 @@ class Batches:
         return torch.stack([tokens[s : s + window] for s in starts]).long()
 
 
-def build(recipe: Recipe, eos: int, pad: int):
+def build(recipe: Recipe, eos: int | None, pad: int | None):
     """A Llama of the recipe's shape with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

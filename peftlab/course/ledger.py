@@ -1,17 +1,22 @@
-"""What training costs in memory that does not depend on the data: weights, gradients, optimizer states.
+"""What training costs in memory: weights, gradients and optimizer states (computed), activations (measured).
 
 bytes = P·weight + T·(gradient + optimizer), with P parameters in all, T of them trained.
 
-Activations are not in it: they grow with batch and tokens, are measured rather than computed here, and adapters save
-few of them, because the gradient still passes through every frozen layer above the first adapter.
+Activations are not in the formula: they grow with batch and tokens, are measured rather than computed here, and
+adapters save few of them, because the gradient still passes through every frozen layer above the first adapter.
 Source: Rajbhandari et al. 2020 (ZeRO), arXiv:1910.02054, section 3.1: 2 + 2 + 12 = 16 bytes for each parameter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor, nn
+
+from ..runtime import mode
 from . import style
 
 if TYPE_CHECKING:
@@ -91,6 +96,77 @@ def human(n_bytes: float) -> str:
         value, unit = value / 1000, bigger
     digits = 0 if value >= 99.95 or unit == "B" else 1 if value >= 9.995 else 2
     return f"{value:.{digits}f} {unit}"
+
+
+# ---------------------------------------------------------------------------------- a model that is there: measured
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one training step of a model held: the ledger, and the activations, which depend on the batch."""
+
+    ledger: Ledger
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.ledger.total + self.activations
+
+    def __str__(self) -> str:
+        kinds = vars(self.ledger) | {"activations": self.activations}
+        return " + ".join(f"{kind} {human(size)}" for kind, size in kinds.items()) + f" = {human(self.total)}"
+
+
+def measured_ledger(
+    model: nn.Module, input_ids: Tensor, optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW
+) -> Measured:
+    """Take one training step on input_ids (B, T), count the bytes that it holds, and leave the model as it was.
+
+    Trained is what requires a gradient. Weights are all parameters, shared ones once; gradients are those that the
+    backward pass leaves behind; optimizer states are its tensors, without torch's step counters. Activations are what
+    autograd saves in the forward pass for the backward pass, each storage once, without parameters and buffers.
+    Not counted: what a layer needs only while it runs, and what the allocator and the libraries keep for themselves.
+    Raises ValueError if nothing is trained, or under gradient checkpointing, which hides what it saves.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("nothing is trained: attach an adapter (pl.attach) or call pl.full_finetuning(model) first")
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise ValueError("gradient checkpointing keeps its tensors where autograd's hooks do not see them; "
+                         "call model.gradient_checkpointing_disable() first")  # fmt: skip
+    kept = {_place(t) for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}  # holds on to them: freed memory would be handed out again
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _place(tensor) not in kept:
+            saved[_place(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    before = [p.grad for p in trained]
+    step = optimizer(trained, lr=0.0)  # states are made, weights stay
+    try:
+        with mode(model, training=True), torch.random.fork_rng():  # dropout must not move anyone's random numbers
+            step.zero_grad()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+            activations = sum(storage.nbytes() for storage in saved.values())
+            saved.clear()
+            loss.backward()
+            gradients = _bytes(p.grad for p in trained if p.grad is not None)
+            step.step()
+    finally:
+        for parameter, gradient in zip(trained, before, strict=True):
+            parameter.grad = gradient
+    states = _bytes(t for state in step.state.values() for t in state.values() if isinstance(t, Tensor) and t.dim())
+    return Measured(Ledger(_bytes(model.parameters()), gradients, states), activations)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({id(t): t.nbytes for t in tensors}.values())
 
 
 # ------------------------------------------------------------------------- models by their shape, not by name

@@ -46,7 +46,7 @@ class LoRA(Adapter):
     def delta(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return self.scaling * (self.dropout(x) @ self.lora_A.T @ self.lora_B.T)
 
-    def factors(self) -> tuple[Tensor, Tensor] | None:
-        """The same Δ as two matrices, unless dropout gives the adapter another input than the layer."""
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """The same Δ as matrices, unless dropout gives the adapter another input than the layer."""
         dropping = self.training and self.dropout.p > 0
-        return None if dropping else (self.lora_A, self.scaling * self.lora_B)
+        return None if dropping else (self.lora_A, self.lora_B, self.scaling)

@@ -1,0 +1,204 @@
+"""Adapter folders: damaged, foreign or unknown ones are refused by name, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import peft
+import pytest
+import torch
+from families import build, inputs, shake
+from safetensors.torch import load_file, save_file
+
+import peftlab as pl
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with an adapter, and the logits it gives."""
+    model = pl.attach(build("llama"), pl.LoRA, "q_proj|down_proj", name="a", r=4)
+    for host in pl.hosts(model).values():
+        shake(host.adapters)
+    pl.save_adapter(model, tmp_path / "a", name="a")
+    return tmp_path / "a", logits(model)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**inputs("llama")).logits
+
+
+def refused(folder, match, model=None, error=ValueError, **more):
+    """Loading fails with these words, and the model is as it was: bare, trainable, same outputs."""
+    model = model or build("llama")
+    modules, trainable = [n for n, _ in model.named_modules()], [p.requires_grad for p in model.parameters()]
+    before = logits(model)
+    with pytest.raises(error, match=match):
+        pl.load_adapter(model, folder, name="new", **more)
+    assert [n for n, _ in model.named_modules()] == modules
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert torch.equal(logits(model), before)
+
+
+def edit(folder, **changes):
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**config, **changes}))
+
+
+def test_missing_folder_and_missing_files(saved, tmp_path):
+    folder, _ = saved
+    refused(tmp_path / "nowhere", "no adapter folder", error=FileNotFoundError)
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    refused(folder, "pickle", error=FileNotFoundError)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 300, -1])
+def test_truncated_weights(saved, keep):
+    folder, _ = saved
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:keep])
+    refused(folder, "truncated or damaged")
+
+
+def test_truncated_config(saved):
+    folder, _ = saved
+    (folder / CONFIG).write_text((folder / CONFIG).read_text()[:50])
+    refused(folder, "adapter_config.json is damaged")
+
+
+def tamper(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    save_file(change(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def test_tampered_weights(saved):
+    folder, _ = saved
+    first = next(iter(load_file(folder / WEIGHTS)))
+    tamper(folder, lambda t: {**t, first: torch.full_like(t[first], torch.nan)})
+    refused(folder, "NaN or inf")
+    tamper(folder, lambda t: {**t, first: torch.zeros(3, 5)})
+    refused(folder, r"\(3, 5\), this model needs")
+    tamper(folder, lambda t: {k: v for k, v in t.items() if k != first})
+    refused(folder, "only one has")
+    tamper(folder, lambda t: {**t, "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)})
+    refused(folder, "no module: this is an adapter of another model")
+
+
+def test_an_adapter_of_another_model(saved):
+    folder, want = saved
+    refused(folder, "adapter of another model", build("gpt2"))
+    other = build("llama", seed=1)  # same shapes, other weights: nothing but the weights can tell
+    refused(folder, "another base: the weights of 'model.layers.0", other)
+    pl.load_adapter(other, folder, check_base=False)
+    half = build("llama").bfloat16()  # the same base in half precision is the same base
+    pl.load_adapter(half, folder)
+    assert (logits(half).float() - want).abs().max() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(peft_type="WOBBLE"), "'WOBBLE' is not implemented"),
+        (dict(use_dora=True), "use_dora=True is a variant"),
+        (dict(lora_bias=True), "lora_bias=True"),
+        (dict(bias="all"), "bias='all'"),
+        (dict(layer_replication=[[0, 1]]), "layer_replication"),
+        (dict(trainable_token_indices=[1]), "trainable_token_indices"),
+        (dict(init_lora_weights="pissa"), "changed the base weights"),
+        (dict(r=5), "this model needs"),
+    ],
+)
+def test_variants_that_would_compute_something_else_are_refused(saved, change, said):
+    folder, _ = saved
+    edit(folder, **change)
+    refused(folder, said)
+
+
+def test_a_refused_load_keeps_the_adapters_that_were_there(saved):
+    folder, want = saved
+    model = pl.load_adapter(build("llama"), folder, name="good")
+    edit(folder, r=5)
+    with pytest.raises(ValueError, match="this model needs"):
+        pl.load_adapter(model, folder, name="bad")
+    assert list(pl.adapters(model)) == ["good"] and torch.equal(logits(model), want)
+
+
+def test_hot_swap_in_place_compiles_nothing_again(saved, tmp_path):
+    from torch._dynamo.testing import CompileCounter
+
+    folder, want = saved
+    model = pl.attach(build("llama"), pl.LoRA, "q_proj|down_proj", name="a", r=4)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    logits(compiled)
+    frames, parameters = counter.frame_count, [p.data_ptr() for p in model.parameters()]
+    pl.load_adapter(model, folder, name="a")
+    torch.testing.assert_close(logits(compiled), want, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == frames and [p.data_ptr() for p in model.parameters()] == parameters
+    pl.attach(model, pl.LoRA, "q_proj", name="b", r=4)
+    with pytest.raises(ValueError, match="attached to other layers"):
+        pl.load_adapter(model, folder, name="b")
+
+
+def test_disk_full_while_saving_loses_nothing(saved, monkeypatch):
+    folder, want = saved
+    old = {n: (folder / n).read_bytes() for n in (WEIGHTS, CONFIG)}
+    model = pl.load_adapter(build("llama"), folder, name="a")
+    shake(model, 0.5, seed=3)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("peftlab.paths.os.fsync", full)
+    with pytest.raises(OSError, match="could not write.*adapter_model.safetensors.*No space left.*untouched"):
+        pl.save_adapter(model, folder, name="a")
+    assert {n: (folder / n).read_bytes() for n in old} == old
+    assert sorted(p.name for p in folder.iterdir()) == sorted(old), "no temporary file is left behind"
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path):
+    model = pl.attach(build("llama"), pl.LoRA, "q_proj", name="a")
+    with pytest.raises(ValueError, match="no adapter named 'b' is attached. Attached: a"):
+        pl.save_adapter(model, tmp_path / "b", name="b")
+    with torch.no_grad():
+        next(iter(pl.adapters(model)["a"].values())).lora_B.fill_(torch.inf)
+    with pytest.raises(ValueError, match="holds NaN or inf; nothing was written"):
+        pl.save_adapter(model, tmp_path / "a", name="a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_other_files_in_the_folder_stay(saved):
+    folder, _ = saved
+    (folder / "README.md").write_text("mine")
+    model = pl.load_adapter(build("llama"), folder, name="a")
+    pl.save_adapter(model, folder, name="a")
+    assert (folder / "README.md").read_text() == "mine"
+
+
+def test_head_without_lora_and_lora_of_one_name_round_trip(tmp_path):
+    model = pl.attach(build("bert"), "ModuleCopy", "classifier", name="head")
+    for host in pl.hosts(model).values():
+        shake(host.adapters)
+    pl.save_adapter(model, tmp_path, name="head")
+    again = pl.load_adapter(build("bert"), tmp_path, name="head")
+    batch = inputs("bert")
+    assert torch.equal(model(**batch).logits, again(**batch).logits)
+
+
+def test_the_file_is_as_small_as_the_formula_says(saved):
+    """Nothing but the adapter is in the file: r·(in+out) numbers a layer, in float32, and a small header."""
+    folder, _ = saved
+    numbers = 2 * (pl.LoRA.size(32, 32, r=4) + pl.LoRA.size(32, 64, r=4))
+    assert 0 <= (folder / WEIGHTS).stat().st_size - 4 * numbers < 2500
+
+
+def test_a_saved_pattern_is_one_that_the_reference_understands(tmp_path):
+    model = pl.attach(build("llama"), pl.LoRA, "q_proj|v_proj", r=4, rank_pattern={r"layers\.1.*": 2})
+    pl.save_adapter(model, tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert set(config.rank_pattern.values()) == {2} and len(config.rank_pattern) == 2 and config.r == 4
