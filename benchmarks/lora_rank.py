@@ -11,8 +11,8 @@ A seed draws A and the order of the rows (of full fine-tuning, only the order). 
 2 at every rank and one grid suits all: with the rate tuned for each rank, a fixed alpha would say the same thing with
 other rates. LoRA is merged before it is evaluated: the same answers, sooner.
 
-Each finished run is one row of the file. A row counts as done only for the settings (base, task, steps, alpha …) that it
-was made with; anything else is run again.
+Each finished run is one row of the file. A row counts as done only for the settings (base, task, steps, alpha …) that
+it was made with; anything else is run again.
 """
 
 from __future__ import annotations

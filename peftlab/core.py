@@ -103,7 +103,7 @@ class Adapted(nn.Module):
         if (named := sum(map(len, rows.values()))) != len(x):
             raise ValueError(f"the batch has {len(x)} rows, but adapters were named for {named}")
         y = self.layer(x, *args, **kwargs)
-        for name in rows.keys() & set(self.adapters):
+        for name in [n for n in rows if n in self.adapters]:
             adapter, row = self.adapters[name], rows[name].to(x.device)
             if type(adapter).forward is Adapter.forward:
                 y = y.index_add(0, row, adapter.change(x[row]))
@@ -114,11 +114,10 @@ class Adapted(nn.Module):
     @torch.no_grad()
     def merge(self, names: tuple[str, ...]) -> None:
         """Fold the named adapters into the layer, in float64, innermost first; the untouched layer is kept."""
-        here = [n for n in names if n in self.adapters]
-        layer = copy.deepcopy(self.layer).double()
-        for name in here:
-            layer = self.adapters[name].fold(layer)
-        if here:
+        if here := [n for n in names if n in self.adapters]:
+            layer = copy.deepcopy(self.layer).double()
+            for name in here:
+                layer = self.adapters[name].fold(layer)
             dtype = next((p.dtype for p in self.layer.parameters() if p.is_floating_point()), torch.bfloat16)
             self.__dict__["original"], self.layer = self.layer, layer.to(dtype).requires_grad_(False)
         self.merged = tuple(names)

@@ -102,8 +102,8 @@ def test_all_linear_is_every_linear_layer_but_the_head(family):
 
 
 def test_patterns_set_rank_and_alpha_by_layer():
-    model = pl.attach(build("llama"), pl.LoRA, "q_proj|v_proj", r=4, alpha=8, rank_pattern={r"layers\.0\.self_attn\.q_proj": 2},
-                      alpha_pattern={"v_proj": 3})  # fmt: skip
+    patterns = dict(rank_pattern={r"layers\.0\.self_attn\.q_proj": 2}, alpha_pattern={"v_proj": 3})
+    model = pl.attach(build("llama"), pl.LoRA, "q_proj|v_proj", r=4, alpha=8, **patterns)
     a = {p.removeprefix("model.layers."): x for p, x in pl.adapters(model)["default"].items()}
     assert [len(x.lora_A) for x in a.values()] == [2, 4, 4, 4]
     assert [x.scaling for x in a.values()] == [4, 0.75, 2, 0.75]

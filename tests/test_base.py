@@ -121,7 +121,8 @@ def test_publishing_gives_an_ordinary_model_folder(little_text, tmp_path):
     from peftlab.base import card
 
     model = run(tmp_path / "work")
-    card.publish(model, tmp_path / "work", tmp_path / "out")
+    card.publish(model, tmp_path / "work", tmp_path / "out", "--threads 1")
+    assert json.loads((tmp_path / "out" / "trained.json").read_text())["options"] == "--threads 1"
     again, tokenizer = pl.load_base(tmp_path / "out")
     assert all(torch.equal(again.state_dict()[k], v) for k, v in model.state_dict().items())
     assert tokenizer.pad_token_id == 0 and tokenizer.eos_token_id == 1

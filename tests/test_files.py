@@ -84,7 +84,8 @@ def test_tampered_weights(saved):
     refused(folder, r"\(3, 5\), this model needs")
     tamper(folder, lambda t: {k: v for k, v in t.items() if k != first})
     refused(folder, "only one has")
-    tamper(folder, lambda t: {**t, "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.zeros(4, 32)})
+    foreign = "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"
+    tamper(folder, lambda t: {**t, foreign: torch.zeros(4, 32)})
     refused(folder, "no module: this is an adapter of another model")
 
 

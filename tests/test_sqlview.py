@@ -2,7 +2,7 @@
 
 import pytest
 
-from peftlab.course.sqlview import said, side_by_side
+from peftlab.course.sqlview import result_of, side_by_side
 
 GOLD = "SELECT COUNT(*) FROM ships WHERE port = 'Oslo'"
 
@@ -12,21 +12,21 @@ def prediction(got: str, right: bool) -> dict:
             "db": "fleet"}  # fmt: skip
 
 
-def test_said_shows_rows_cuts_long_results_and_keeps_errors():
-    assert said("fleet", "SELECT 1, 'a'") == "1, a"
-    assert said("fleet", "SELECT 2.0 / 3") == "0.67"
-    assert said("fleet", "SELECT ship FROM ships WHERE crew < 0") == "no rows"
-    assert said("fleet", "SELECT ship FROM ships").endswith("; … and 27 more")
-    assert said("fleet", "SELECT ship FROM ships", shown=30).count(";") == 29
-    assert said("fleet", "SELECT sail FROM ships") == "error: no such column: sail"
-    assert said("fleet", "DROP TABLE ships").startswith("error: ")
+def test_result_of_shows_rows_cuts_long_results_and_keeps_errors():
+    assert result_of("fleet", "SELECT 1, 'a'") == "1, a"
+    assert result_of("fleet", "SELECT 2.0 / 3") == "0.67"
+    assert result_of("fleet", "SELECT ship FROM ships WHERE crew < 0") == "no rows"
+    assert result_of("fleet", "SELECT ship FROM ships").endswith("; … and 27 more")
+    assert result_of("fleet", "SELECT ship FROM ships", shown=30).count(";") == 29
+    assert result_of("fleet", "SELECT sail FROM ships") == "error: no such column: sail"
+    assert result_of("fleet", "DROP TABLE ships").startswith("error: ")
 
 
 def test_table_has_a_line_for_each_prediction():
     table = side_by_side([prediction(GOLD, True), prediction("SELECT <b>", False)])
     assert list(table.data["right"]) == ["✔", "✘"]
     assert list(table.data["question"]) == ["how many ships have port Oslo"] * 2
-    assert table.data["its rows"][0] == table.data["gold rows"][0] == said("fleet", GOLD)
+    assert table.data["its rows"][0] == table.data["gold rows"][0] == result_of("fleet", GOLD)
     assert table.data["its rows"][1].startswith("error: ")
     html = table.to_html()
     assert "&lt;b&gt;" in html and "<b>" not in html, "what a model writes is text, not markup"

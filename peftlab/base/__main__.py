@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if not chosen.report:
         recipe = Recipe(**{f.name: getattr(chosen, f.name) for f in fields(Recipe)})
-        publish(pretrain(recipe, chosen.work, chosen.device, chosen.compile), chosen.work, chosen.out)
+        options = f"--threads {torch.get_num_threads()}{' --compile' if chosen.compile else ''}"
+        publish(pretrain(recipe, chosen.work, chosen.device, chosen.compile), chosen.work, chosen.out, options)
     report(chosen.out)
 
 

@@ -16,8 +16,11 @@ from . import load_base, quiet, text
 from .pretrain import EOS, PAD, Recipe
 
 
-def publish(model, work: Path, out: Path) -> None:
-    """Write the trained model, its tokenizer, log and recipe into `out`, in one go."""
+def publish(model, work: Path, out: Path, options: str = "") -> None:
+    """Write the trained model, its tokenizer, log and recipe into `out`, in one go.
+
+    options: what the command line held beside the recipe, for the record.
+    """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -30,8 +33,7 @@ def publish(model, work: Path, out: Path) -> None:
         tokenizer.save_pretrained(folder)
         for name in ("log.csv", "recipe.json"):
             shutil.copyfile(work / name, folder / name)
-        origin = {**provenance(), "threads": torch.get_num_threads()}
-        atomic_write(folder / "trained.json", json.dumps(origin, indent=2) + "\n")
+        atomic_write(folder / "trained.json", json.dumps({**provenance(), "options": options}, indent=2) + "\n")
 
 
 def measure(folder: Path, questions: int = 500, skills: int = 100) -> dict[str, dict[str, list[float]]]:
@@ -156,9 +158,10 @@ def card(folder: Path, figures: dict) -> str:
     with safe_open(folder / "model.safetensors", "pt") as f:
         parameters = sum(f.get_tensor(k).numel() for k in f.keys())  # noqa: SIM118
     changed = [f"--{k} {v}" for k, v in vars(recipe).items() if v != getattr(Recipe(), k)]
+    options = trained.pop("options").split()
     said = TEMPLATE.format(
         recipe=recipe, parameters=parameters, size=(folder / "model.safetensors").stat().st_size / 2**20,
-        command=" ".join(["python -m peftlab.base", *changed]), tokens=int(last["tokens"]),
+        command=" ".join(["python -m peftlab.base", *options, *changed]), tokens=int(last["tokens"]),
         minutes=float(last["seconds"]) / 60, origin=", ".join(f"{k} {v}" for k, v in trained.items()),
         libraries=", ".join(text.LIBRARIES), people=len(world.people()), facts=len(world.ATTRIBUTES),
     )  # fmt: skip

@@ -133,7 +133,7 @@ def measured_ledger(
         raise ValueError("nothing is trained: attach an adapter (pl.attach) or call pl.full_finetuning(model) first")
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise ValueError("gradient checkpointing keeps its tensors where autograd's hooks do not see them; "
-                         "call model.gradient_checkpointing_disable() first")  # fmt: skip
+                         "switch it off to measure")  # fmt: skip
     kept = {_place(t) for t in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}  # holds on to them: freed memory would be handed out again
 

@@ -99,9 +99,11 @@ class Machine:
             "memory": f"free {self.free_memory / GIB:.1f} GiB of RAM {self.memory / GIB:.1f} GiB",
             "disk": f"free {self.free_disk / GIB:.1f} GiB",
             "GPU": gpus,
-            "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
         }
-        lines = [f"{name:<11}{said}" for name, said in facts.items() if said]
+        lines = [f"{name:<11}{said}" for name, said in facts.items()]
+        versions = [f"{name} {version}" for name, version in self.versions.items()]
+        for i in range(0, len(versions), 4):  # not by width: versions of any length must break lines alike
+            lines.append(f"{'' if i else 'versions':<11}{', '.join(versions[i : i + 4])}")
         return "\n".join([*lines, "", *(f"{'✔' if c.fine else '✘'} {c.what}: {c.words}" for c in self.checks)])
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 SHOWN = 3  # rows of a result that are spelt out
 
 
-def said(db: str, query: str, shown: int = SHOWN) -> str:
+def result_of(db: str, query: str, shown: int = SHOWN) -> str:
     """What a query gives on the first database of a schema: its first rows and how many there are, or the error."""
     from ..tasks import sql
 
@@ -46,8 +46,8 @@ def side_by_side(predictions: Iterable[Mapping], shown: int = SHOWN) -> Styler:
             raise ValueError(f"these are no graded SQL answers: {missing[0]!r} is missing; "
                              "pass execution_accuracy(…).predictions")  # fmt: skip
         question = p["prompt"].removeprefix("Question: ").split("\nSQL:")[0]
-        lines.append((question, p["got"], said(p["db"], p["got"], shown), p["expected"],
-                      said(p["db"], p["expected"], shown), "✔" if p["right"] else "✘"))  # fmt: skip
+        lines.append((question, p["got"], result_of(p["db"], p["got"], shown), p["expected"],
+                      result_of(p["db"], p["expected"], shown), "✔" if p["right"] else "✘"))  # fmt: skip
     if not lines:
         raise ValueError("nothing to show: the list of predictions is empty")
     columns = ["question", "the model's SQL", "its rows", "the gold SQL", "gold rows", "right"]
