@@ -40,6 +40,12 @@ def _task(model: nn.Module) -> str | None:
     return next((task for end, task in endings.items() if type(model).__name__.endswith(end)), None)
 
 
+def _base_name(model: nn.Module) -> str | None:
+    """The base's Hub id. A folder of this machine would mean nothing elsewhere, so it is not written into a file."""
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
+    return None if not name or Path(name).exists() else name
+
+
 def _shortest(model: nn.Module, paths: list[str]) -> list[str]:
     """Path endings that name exactly these modules: the last words if they suffice, else the whole paths."""
     endings = sorted({p.rsplit(".", 1)[-1] for p in paths})
@@ -95,7 +101,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     config: dict[str, Any] = {
         "peft_type": method.hf_type or method.__name__.upper(),
         "task_type": task if copies or task not in HEADED else None,  # there HF PEFT insists on a saved head
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None) or None,
+        "base_model_name_or_path": _base_name(model),
         "inference_mode": True,
         "target_modules": _shortest(model, list(main)) if main else [],
         "modules_to_save": _shortest(model, list(copies)) if copies else None,

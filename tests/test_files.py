@@ -173,6 +173,15 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_hub_id_is_written_and_a_path_of_this_machine_is_not(saved, tmp_path):
+    folder, _ = saved
+    model = pl.load_adapter(build("llama"), folder, name="a")
+    for name, written in {"someone/some-model": "someone/some-model", str(tmp_path): None, "": None}.items():
+        model.config.name_or_path = name
+        pl.save_adapter(model, folder, name="a")
+        assert json.loads((folder / CONFIG).read_text())["base_model_name_or_path"] == written
+
+
 def test_other_files_in_the_folder_stay(saved):
     folder, _ = saved
     (folder / "README.md").write_text("mine")
