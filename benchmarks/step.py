@@ -26,6 +26,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from peftlab.paths import atomic_write
+from peftlab.provenance import provenance
+
 TARGETS = {"all linears": "all-linear", "q,v": ["q_proj", "v_proj"]}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 RANK, ALPHA = 8, 16
@@ -181,23 +184,8 @@ def table(rows: list[dict]) -> str:
 
 
 def machine() -> dict:
-    import peft
-    import transformers
-
-    info = Path("/proc/cpuinfo")  # platform.processor() is empty on many Linux systems
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": named[0] if named else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-    }
+    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    return {**provenance(), "system": platform.platform(terse=True), "load": load}
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
@@ -237,8 +225,6 @@ def main(argv: list[str] | None = None) -> list[dict]:
             "rank": RANK,
         }
         content = json.dumps({"settings": settings, "machine": here, "rows": rows}, indent=1, ensure_ascii=False)
-        from peftlab.paths import atomic_write
-
         atomic_write(args.json, content + "\n")
     return rows
 
