@@ -12,7 +12,6 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
-    MPLBACKEND="agg",
 )
 os.environ.pop("PEFTLAB_BASE", None)
 
@@ -32,6 +31,12 @@ def fixed_seed():
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_windows(monkeypatch):
+    """For the time of a unit test only: a notebook's kernel that inherited this would draw nothing inline."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
 
 
 @pytest.fixture(autouse=True)
