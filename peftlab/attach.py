@@ -192,7 +192,7 @@ def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapt
         _check_site(model, path)
         site = model.get_submodule(path)
         layer = (site.original or site.layer) if isinstance(site, Adapted) else site
-        if _owns(method) and any(parameter is tied for parameter in layer.parameters() for tied in _tied(model, path)):
+        if _owns(method) and _is_tied(model, path, layer):
             raise ValueError(f"{path!r} shares its weight with another module; a trained copy would untie them. "
                              "Adapt it with an added term (LoRA) instead")  # fmt: skip
         try:
@@ -207,8 +207,7 @@ def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapt
     switch = switch_of(model) if hosts(model) else Switch()
     for path, adapter in made.items():
         wrap(model, path, switch).adapters[name] = adapter
-    merged = next((h.merged for h in hosts(model).values() if h.merged), ())
-    switch.active, switch.rows = (*merged, name), None
+    switch.active, switch.rows = (*_merged(model), name), None
     return model
 
 
@@ -216,10 +215,11 @@ def _owns(method: type[Adapter]) -> bool:
     return method.__name__ == "ModuleCopy"
 
 
-def _tied(model: nn.Module, path: str) -> list[nn.Parameter]:
-    """Parameters of other modules; a layer at `path` that holds one of them is tied."""
-    return [p for n, m in model.named_modules() if not (n == path or n.startswith(path + "."))
-            for p in m.parameters(recurse=False)]  # fmt: skip
+def _is_tied(model: nn.Module, path: str, layer: nn.Module) -> bool:
+    """Whether `layer`, which stands at `path`, shares a parameter with a module elsewhere."""
+    own = {id(p) for p in layer.parameters()}
+    outside = (m for n, m in model.named_modules() if n != path and not n.startswith(path + "."))
+    return any(id(p) in own for module in outside for p in module.parameters(recurse=False))
 
 
 def method_named(name: str) -> type[Adapter]:
@@ -305,7 +305,7 @@ def merge(model: nn.Module, *names: str) -> nn.Module:
     try:
         for path, host in hosts(model).items():
             if any(n in host.adapters for n in names):
-                if any(p is tied for p in host.layer.parameters() for tied in _tied(model, path)):
+                if _is_tied(model, path, host.layer):
                     raise ValueError(f"{path!r} shares its weight with another module; merging would untie them")
             try:
                 host.merge(tuple(names))
