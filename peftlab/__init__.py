@@ -19,12 +19,13 @@ _HOME = {  # name -> module that defines it
     "baselines": ["full_finetuning", "last_layers"],
     "count": ["count"],
     "files": ["load_adapter", "save_adapter"],
+    "unions": ["mam", "unipelt"],
     "base": ["load_base"],
     "train": ["Log", "train", "train_steps"],
     "course.source": ["show"],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("base", "core", "course", "evaluate", "files", "layers", "methods", "paths", "tasks")
+_ROOMS = ("base", "core", "course", "evaluate", "files", "lab", "layers", "methods", "paths", "shapes", "sites", "tasks")
 
 
 def __getattr__(name: str) -> Any:

@@ -13,13 +13,14 @@ from torch import nn
 
 from .core import METHODS, Adapted, Adapter, Switch
 from .layers import device_of, is_linear, shape_of
+from .sites import GROUPS, bare, group, put, sites
 
 Targets = str | Sequence[str]
 
 
 def hosts(model: nn.Module) -> dict[str, Adapted]:
-    """path -> host, of every adapted layer."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Adapted)}
+    """bare path -> host, of every adapted module, outermost first."""
+    return {path: module for path, module in sites(model).items() if isinstance(module, Adapted)}
 
 
 def adapters(model: nn.Module) -> dict[str, dict[str, Adapter]]:
@@ -31,37 +32,22 @@ def adapters(model: nn.Module) -> dict[str, dict[str, Adapter]]:
     return found
 
 
-def _sites(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module an adapter could wrap, by its path in the bare model: insides of hosts are not sites."""
-    inside = tuple(f"{path}." for path in hosts(model))
-    return {p: m for p, m in model.named_modules() if p and not (inside and p.startswith(inside))}
-
-
 def _did_you_mean(word: str, known) -> str:
     spelled = {k.lower(): k for k in sorted(set(known))}
     close = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.5)
     return f"; did you mean {spelled[close[0]]!r}?" if close else "."
 
 
-def _linear(site: nn.Module) -> bool:
-    return is_linear(site.layer if isinstance(site, Adapted) else site)
-
-
 def find_targets(model: nn.Module, targets: Targets) -> list[str]:
     """The paths of the modules that `targets` names, in model order.
 
     targets: a regular expression that matches the end of a path after a dot ("q_proj|v_proj", r"layers\\.0\\..*_proj"),
-    a list of path endings, or "all-linear": every linear layer but the output head.
+    a list of path endings, or a group of `sites.GROUPS`, such as "all-linear": every linear layer but the output head.
     Raises ValueError for a pattern without a match, or if only a part of a list (or of "a|b") matches.
     """
-    sites = _sites(model)
-    if targets == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        heads = re.compile(r"(.*\.)?(lm_head|score|classifier|qa_outputs)(\..*)?")  # heads are trained, not adapted
-        found = [p for p, m in sites.items() if _linear(m) and m is not head and not heads.fullmatch(p)]
-        if not found:
-            raise ValueError(f"{type(model).__name__} has no linear layer that 'all-linear' could adapt")
-        return found
+    if isinstance(targets, str) and targets in GROUPS:
+        return group(model, targets)
+    there = sites(model)
     if not isinstance(targets, str):
         patterns = [re.escape(t) for t in targets]
     else:  # "a|b" is a list too, so each part must match; with brackets it is one expression
@@ -72,27 +58,26 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
     missed = []
     for pattern in patterns:
         try:
-            hits = {p for p in sites if re.fullmatch(rf"(.*\.)?({pattern})", p)}
+            hits = {p for p in there if re.fullmatch(rf"(.*\.)?({pattern})", p)}
         except re.error as error:
             raise ValueError(f"targets {pattern!r} is not a regular expression: {error}") from None
         hit |= hits
         missed += [] if hits else [pattern]
     if missed:
         wrong = missed[0].replace("\\", "")
-        endings = {p.rsplit(".", 1)[-1] for p in sites}
-        linear = sorted({p.rsplit(".", 1)[-1] for p, m in sites.items() if _linear(m)})
+        endings = {p.rsplit(".", 1)[-1] for p in there} | set(GROUPS)
+        linear = sorted({p.rsplit(".", 1)[-1] for p, m in there.items() if is_linear(bare(m))})
         part = f"The other names match {len(hit)} modules; nothing was attached. " if hit else ""
         raise ValueError(
             f"no module path matches {wrong!r}{_did_you_mean(wrong.split('.')[-1], endings)} {part}"
             f"Linear layers of {type(model).__name__}: {', '.join(linear)}"
         )
-    return [p for p in sites if p in hit]
+    return [p for p in there if p in hit]
 
 
 def _check_site(model: nn.Module, path: str) -> None:
     """Refuse layers whose owner would bypass a host without a word."""
-    parent = model.get_submodule(path.rpartition(".")[0]) if "." in path else model
-    if isinstance(parent, nn.MultiheadAttention):
+    if isinstance(bare(model.get_submodule(path.rpartition(".")[0])), nn.MultiheadAttention):
         raise ValueError(f"{path!r} belongs to nn.MultiheadAttention, which reads its weight and never calls it: "
                          "an adapter there would do nothing. Adapt layers outside of it")  # fmt: skip
 
@@ -142,14 +127,14 @@ def wrap(model: nn.Module, path: str, switch: Switch) -> Adapted:
         return site
     host = Adapted(site, switch)
     host.train(site.training)
-    model.set_submodule(path, host)
+    put(model, path, host)
     return host
 
 
 def attach(
     model: nn.Module,
     method: type[Adapter] | str,
-    targets: Targets = "all-linear",
+    targets: Targets | None = None,
     name: str = "default",
     *,
     modules_to_save: Targets = (),
@@ -159,7 +144,8 @@ def attach(
 ) -> nn.Module:
     """Freeze the base and put an adapter around every target layer; the new adapter becomes the active one.
 
-    method: a class of `METHODS` or its name; `hyper` are its hyper-parameters. targets: see `find_targets`.
+    method: a class of `METHODS` or its name; `hyper` are its hyper-parameters. targets: see `find_targets`; by
+    default the method's own (`LoRA.targets`: all linear layers).
     modules_to_save: further modules (heads) of which a full copy is trained, switched and saved with the adapter.
     rank_pattern, alpha_pattern: {end of a path, as a regular expression: r or alpha on those layers}.
     Adapters attached earlier stay attached and trainable, but no longer active: see `using` and `activate`.
@@ -171,9 +157,14 @@ def attach(
     _check_name(model, name)
     patterns = {"r": rank_pattern, "alpha": alpha_pattern}
     _check_hyper(method, {**hyper, **{k: 0 for k, p in patterns.items() if p}})
+    targets = method.targets if targets is None else targets
     paths = find_targets(model, targets) if targets else []
     copies = find_targets(model, modules_to_save) if modules_to_save else []
-    plan: dict[str, tuple[type[Adapter], dict]] = {p: (method, patterned(p, hyper, patterns)) for p in paths}
+    try:
+        plan = method.plan(model, paths, hyper) if paths else {}
+    except ValueError as error:
+        raise ValueError(f"{method.__name__}: {error}") from None
+    plan = {p: (kind, patterned(p, own, patterns) if kind is method else own) for p, (kind, own) in plan.items()}
     plan |= {p: (ModuleCopy, {}) for p in copies}
     for key, pattern in patterns.items():
         for expression in pattern or {}:
@@ -191,7 +182,7 @@ def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapt
     for path, (method, hyper) in plan.items():  # build all before the model is touched: an error changes nothing
         _check_site(model, path)
         site = model.get_submodule(path)
-        layer = (site.original or site.layer) if isinstance(site, Adapted) else site
+        layer = site.original if isinstance(site, Adapted) and site.original is not None else bare(site)
         if _owns(method) and _is_tied(model, path, layer):
             raise ValueError(f"{path!r} shares its weight with another module; a trained copy would untie them. "
                              "Adapt it with an added term (LoRA) instead")  # fmt: skip
@@ -201,12 +192,20 @@ def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapt
         except ValueError as error:
             raise ValueError(f"{method.__name__} on {path!r}: {error}") from None
         made[path].train(site.training)
-        made[path].hyper = {**_defaults(method), **hyper}
+        given = {**_defaults(method), **hyper}
+        made[path].hyper = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    for method in {type(adapter) for adapter in made.values()}:
+        try:
+            method.share({path: adapter for path, adapter in made.items() if type(adapter) is method})
+        except ValueError as error:
+            raise ValueError(f"{method.__name__}: {error}") from None
     if not hosts(model):
         model.requires_grad_(False)
     switch = switch_of(model) if hosts(model) else Switch()
     for path, adapter in made.items():
-        wrap(model, path, switch).adapters[name] = adapter
+        host = wrap(model, path, switch)
+        host.adapters[name] = adapter
+        adapter.__dict__["peers"] = host.adapters
     switch.active, switch.rows = (*_merged(model), name), None
     return model
 
@@ -217,8 +216,8 @@ def _owns(method: type[Adapter]) -> bool:
 
 def _is_tied(model: nn.Module, path: str, layer: nn.Module) -> bool:
     """Whether `layer`, which stands at `path`, shares a parameter with a module elsewhere."""
-    own = {id(p) for p in layer.parameters()}
-    outside = (m for n, m in model.named_modules() if n != path and not n.startswith(path + "."))
+    own, inside = {id(p) for p in layer.parameters()}, {id(m) for m in layer.modules()}
+    outside = (module for module in model.modules() if id(module) not in inside)
     return any(id(p) in own for module in outside for p in module.parameters(recurse=False))
 
 
@@ -238,6 +237,14 @@ def _known(model: nn.Module, names) -> None:
         if name is not None and name not in there:
             raise ValueError(f"no adapter named {name!r} is attached{_did_you_mean(str(name), there)} "
                              f"Attached: {', '.join(there) or 'none'}")  # fmt: skip
+
+
+def _check_mixes(model: nn.Module, rows) -> None:
+    for name, found in adapters(model).items():
+        alone = next((type(a).__name__ for a in found.values() if not a.mixes), None)
+        if name in rows and alone:
+            raise ValueError(f"{name!r} is {alone}, which changes the whole batch at once and cannot be in a mixed batch; "
+                             f"run its rows apart: using(model, {name!r})")  # fmt: skip
 
 
 def _merged(model: nn.Module) -> tuple[str, ...]:
@@ -272,6 +279,7 @@ def using(model: nn.Module, *names: str, rows: Sequence[str | None] | None = Non
             if _merged(model):
                 raise ValueError("a mixed batch needs the bare base; unmerge(model) first")
             _known(model, rows)
+            _check_mixes(model, rows)
             numbers = {n: [i for i, r in enumerate(rows) if r == n] for n in dict.fromkeys(rows)}
             switch.rows = {n: torch.tensor(i) for n, i in numbers.items()}
         yield model
@@ -302,8 +310,14 @@ def merge(model: nn.Module, *names: str) -> nn.Module:
     if switch.active and switch.active[: len(names)] != tuple(names):
         raise ValueError(f"active are {switch.active}, innermost first; {names} is not how they begin, so merging it "
                          "would change their order. Name them in that order, or activate(model, …) first")  # fmt: skip
+    there = hosts(model)
+    for path, host in there.items():
+        try:
+            host.check_merge(names)
+        except ValueError as error:
+            raise ValueError(f"{names} cannot be merged at {path!r}: {error}") from None
     try:
-        for path, host in hosts(model).items():
+        for path, host in there.items():
             if any(n in host.adapters for n in names):
                 if _is_tied(model, path, host.layer):
                     raise ValueError(f"{path!r} shares its weight with another module; merging would untie them")
@@ -337,13 +351,12 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
         for name in set(names) & set(host.adapters):
             del host.adapters[name]
         if not host.adapters:
-            model.set_submodule(path, host.layer)
+            put(model, path, host.layer)
     switch.active, switch.rows = tuple(n for n in switch.active if n not in names), None
     return model
 
 
 def layer_shapes(model: nn.Module, targets: Targets = "all-linear") -> dict[str, tuple[int, int]]:
     """path -> (out, in) of the linear layers that `targets` names."""
-    sites = _sites(model)
-    found = find_targets(model, targets)
-    return {p: shape_of(sites[p].layer if isinstance(sites[p], Adapted) else sites[p]) for p in found}
+    there = sites(model)
+    return {path: shape_of(bare(there[path])) for path in find_targets(model, targets)}

@@ -8,14 +8,16 @@ run, mixed batches, dtypes, merge and unmerge. Shapes: B batch, T tokens, in/out
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .fused import fusible, low_rank_linear
-from .layers import affine, as_dense, device_of, shape_of
+from .layers import affine, as_dense, device_of, is_linear, shape_of
 
 METHODS: dict[str, type[Adapter]] = {}  # name -> class; tests, tables and lessons loop over it
 
@@ -26,18 +28,38 @@ class Adapter(nn.Module):
     hf_type: str | None = None  # peft_type in the HF PEFT file format
     hf_hyper: dict[str, str] = {}  # hyper-parameter -> its name in adapter_config.json
     hf_params: dict[str, str] = {}  # parameter -> its name in adapter_model.safetensors
+    targets = "all-linear"  # where it sits if the user names no targets: see `attach.find_targets`
+    mixes = True  # whether the rows of a batch can have different adapters of this method
+    part_of: str | None = None  # of a method that needs two kinds of sites: the method this class is the second part of
+    hyper: dict[str, Any] = {}  # the hyper-parameters it was made with, set when it is attached
 
     def __init_subclass__(cls):
-        METHODS[cls.__name__] = cls
+        if cls.part_of is None:
+            METHODS[cls.__name__] = cls
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.__dict__["layer"] = layer  # a plain reference, no submodule: neither saved nor trained with the adapter
+        self.__dict__["peers"] = {}  # likewise: all adapters of the same host by name, set when it is attached
+
+    @classmethod
+    def plan(cls, model: nn.Module, paths: Sequence[str], hyper: dict) -> dict[str, tuple[type[Adapter], dict]]:
+        """path -> (method, hyper-parameters), for methods whose sites differ. ValueError if the model cannot have it."""
+        return {path: (cls, hyper) for path in paths}
+
+    @classmethod
+    def share(cls, made: dict[str, Adapter]) -> None:
+        """Called with all new adapters of one attach, by path, for methods whose layers share parameters."""
 
     @staticmethod
     def size(out_features: int, in_features: int, **hyper) -> int:
-        """The closed formula of the number of trained parameters on one layer."""
+        """The closed formula of the number of trained parameters on one linear layer."""
         raise NotImplementedError
+
+    def expected(self) -> int:
+        """The closed formula for this adapter; methods on other sites than linear layers write their own."""
+        bias = getattr(self.layer, "bias", None) is not None
+        return self.size(*shape_of(self.layer), **{"bias": bias, **self.hyper})
 
     def delta(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out): what is added to the layer's output."""
@@ -58,7 +80,8 @@ class Adapter(nn.Module):
 
     def fold(self, layer: nn.Module) -> nn.Module:
         """The float64 `layer` with this adapter merged into it; ValueError if the adapted layer is not affine."""
-        f = partial(copy.deepcopy(self).double().eval(), layer)
+        plain = {id(kept): kept for kept in (self.layer, self.peers)}  # not to be copied along
+        f = partial(copy.deepcopy(self, plain).double().eval(), layer)
         return as_dense(layer, *affine(f, shape_of(layer)[1], device_of(layer)))
 
 
@@ -96,7 +119,9 @@ class Adapted(nn.Module):
 
     def forward(self, *args, **kwargs):
         rows = self.switch.rows
-        return self.run(self.switch.active, *args, **kwargs) if rows is None else self.mixed(rows, *args, **kwargs)
+        if rows is not None and any(name in self.adapters for name in rows):
+            return self.mixed(rows, *args, **kwargs)
+        return self.run(self.switch.active if rows is None else (), *args, **kwargs)
 
     def mixed(self, rows, x: Tensor, *args, **kwargs):
         """A batch whose rows belong to different adapters; added terms share one f(x), other methods run apart."""
@@ -111,10 +136,18 @@ class Adapted(nn.Module):
                 y = y.index_copy(0, row, self.run((name,), x[row], *args, **kwargs))
         return y
 
+    def check_merge(self, names) -> None:
+        """ValueError if one of the named adapters is none that a weight of this layer could stand for."""
+        for adapter in (self.adapters[n] for n in names if n in self.adapters):
+            if type(adapter).fold is Adapter.fold and not is_linear(self.layer):
+                raise ValueError(f"{type(adapter).__name__} changes what the whole {type(self.layer).__name__} computes, "
+                                 "so no weight can stand for it")  # fmt: skip
+
     @torch.no_grad()
     def merge(self, names: tuple[str, ...]) -> None:
         """Fold the named adapters into the layer, in float64, innermost first; the untouched layer is kept."""
         if here := [n for n in names if n in self.adapters]:
+            self.check_merge(here)
             layer = copy.deepcopy(self.layer).double()
             for name in here:
                 layer = self.adapters[name].fold(layer)

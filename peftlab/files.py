@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import _sites, adapters, attach_plan, detach, find_targets, hosts, patterned, switch_of
+from .attach import _defaults, adapters, attach_plan, detach, find_targets, hosts, patterned, switch_of
 from .core import METHODS, Adapter
+from .formats import LAYOUTS
 from .paths import atomic_files
+from .sites import sites
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 COPY = "ModuleCopy"
@@ -56,9 +58,8 @@ def _fingerprint(model: nn.Module, paths) -> str:
     """The first numbers of some adapted layers' weights: enough to notice an adapter on another base."""
     found = {}
     for path in sorted(paths)[:: max(1, len(paths) // 8)]:
-        layer = _bare(model, path)
-        weight = getattr(layer, "weight", None)
-        if weight is not None and weight.is_floating_point() and weight.device.type != "meta":
+        weight = _weight(model, path)
+        if weight is not None:
             found[path] = [round(v, 6) for v in weight.detach().flatten()[:8].tolist()]
     return json.dumps(found)
 
@@ -66,6 +67,14 @@ def _fingerprint(model: nn.Module, paths) -> str:
 def _bare(model: nn.Module, path: str) -> nn.Module:
     host = hosts(model).get(path)
     return model.get_submodule(path) if host is None else (host.original or host.layer)
+
+
+def _weight(model: nn.Module, path: str) -> Tensor | None:
+    """The weight of the layer at a path, or the first one inside of it; None if there is none with values."""
+    layer = _bare(model, path)
+    weight = getattr(layer, "weight", next(layer.parameters(), None))
+    usable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"
+    return weight if usable else None
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Path:
@@ -81,31 +90,33 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
         raise ValueError(f"no adapter named {name!r} is attached. Attached: {', '.join(there) or 'none'}")
     found = there[name]
     copies = {p: a for p, a in found.items() if type(a).__name__ == COPY}
-    main = {p: a for p, a in found.items() if p not in copies}
+    main = {p: a for p, a in found.items() if p not in copies and type(a).part_of is None}
     kinds = {type(a) for a in main.values()}
     if len(kinds) > 1:
         raise ValueError(f"adapter {name!r} mixes {', '.join(k.__name__ for k in kinds)}: HF PEFT's format holds one "
                          "method a folder; attach them under two names")  # fmt: skip
-    tensors: dict[str, Tensor] = {}
-    for path, adapter in found.items():
-        if path in copies:
-            tensors |= {f"{PREFIX}{path}.{n}": t for n, t in adapter.module.state_dict().items()}
-        else:
-            names = adapter.hf_params
-            tensors |= {f"{PREFIX}{path}.{names.get(n, n)}": p for n, p in adapter.named_parameters()}
+    method, task = kinds.pop() if kinds else METHODS[COPY], _task(model)
+    settings: dict[str, Any]
+    if method.hf_type in LAYOUTS:
+        tensors, settings = LAYOUTS[method.hf_type].to_hf(model, main)
+    else:
+        named = method.hf_params
+        tensors = {f"{PREFIX}{p}.{named.get(n, n)}": t for p, a in main.items() for n, t in a.named_parameters()}
+        settings = {"target_modules": _shortest(model, list(main)) if main else [], "modules_to_save": None,
+                    **_settings(method, main)}  # fmt: skip
+    for path, adapter in copies.items():
+        tensors |= {f"{PREFIX}{path}.{n}": t for n, t in adapter.module.state_dict().items()}
+    if copies:
+        settings["modules_to_save"] = _shortest(model, list(copies))
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} of adapter {name!r} holds NaN or inf; nothing was written")
-
-    method, task = kinds.pop() if kinds else METHODS[COPY], _task(model)
     config: dict[str, Any] = {
         "peft_type": method.hf_type or method.__name__.upper(),
         "task_type": task if copies or task not in HEADED else None,  # there HF PEFT insists on a saved head
         "base_model_name_or_path": _base_name(model),
         "inference_mode": True,
-        "target_modules": _shortest(model, list(main)) if main else [],
-        "modules_to_save": _shortest(model, list(copies)) if copies else None,
-        **_settings(method, main),
+        **settings,
     }
     data = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     metadata = {"format": "pt", "peftlab_base": _fingerprint(model, list(main) or list(copies))}
@@ -114,12 +125,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     return folder
 
 
+def hyper_names(method: type[Adapter]) -> dict[str, str]:
+    """Our hyper-parameter -> its name in adapter_config.json; a method that HF PEFT has not keeps its own names."""
+    return method.hf_hyper if method.hf_type else {name: name for name in _defaults(method)}
+
+
 def _settings(method: type[Adapter], main: Mapping[str, Adapter]) -> dict[str, Any]:
     """Hyper-parameters as HF PEFT spells them; layers that differ from the most common value go into its patterns."""
     settings: dict[str, Any] = {}
     if any(type(site).__name__ == "Conv1D" for site in (a.layer for a in main.values())):
         settings["fan_in_fan_out"] = True
-    for ours, theirs in method.hf_hyper.items():
+    for ours, theirs in hyper_names(method).items():
         values = {path: adapter.hyper[ours] for path, adapter in main.items()}
         if not values:
             continue
@@ -170,7 +186,8 @@ def _method(config: dict, folder: Path) -> type[Adapter]:
     if found is None:
         known = sorted(m.hf_type for m in METHODS.values() if m.hf_type)
         raise ValueError(f"{folder / CONFIG}: peft_type {kind!r} is not implemented here; there are {', '.join(known)}")
-    understood = {*IGNORED, *found.hf_hyper.values(), *PATTERNS.values()}
+    layout = LAYOUTS.get(found.hf_type or "")
+    understood = {*IGNORED, *hyper_names(found).values(), *PATTERNS.values(), *(layout.known if layout else ())}
     for key, value in config.items():
         init = key.startswith("init_")
         if init and isinstance(value, str) and value.lower().startswith(BASE_CHANGING):
@@ -185,34 +202,48 @@ def _method(config: dict, folder: Path) -> type[Adapter]:
 
 def _plan(model: nn.Module, config: dict, tensors: dict[str, Tensor], method: type[Adapter], folder: Path):
     """({path: (method, hyper)}, {path: {our parameter: tensor}}) of a file, checked against the model's modules."""
-    sites = _sites(model)
-    endings = {ending: ours for ours, ending in method.hf_params.items()}
+    there = sites(model)
     saved = config.get("modules_to_save") or []
     weights: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        bare = key.removeprefix(PREFIX)
-        ending = next((e for e in endings if bare.endswith(f".{e}")), None)
-        path = bare.removesuffix(f".{ending}") if ending else ""
-        copied = (p for p in sites if bare.startswith(p + ".") and any(p == s or p.endswith(f".{s}") for s in saved))
-        copy = next(copied, None)
-        if path in sites:
-            weights.setdefault(path, {})[endings[str(ending)]] = tensor
-        elif copy:
-            copies.setdefault(copy, {})[f"module.{bare.removeprefix(copy + '.')}"] = tensor
-        else:
-            raise ValueError(f"{folder / WEIGHTS} holds {key!r}, for which {type(model).__name__} has no module: "
-                             "this is an adapter of another model")  # fmt: skip
-    given = {ours: config[theirs] for ours, theirs in method.hf_hyper.items() if theirs in config}
-    by_layer = {ours: config.get(theirs) for ours, theirs in PATTERNS.items()}
-    plan = {path: (method, patterned(path, given, by_layer)) for path in weights}
+    for key, tensor in list(tensors.items()):
+        inside = key.removeprefix(PREFIX)
+        owners = (p for p in there if inside.startswith(p + ".") and any(f".{p}".endswith(f".{s}") for s in saved))
+        if owner := next(owners, None):
+            copies.setdefault(owner, {})[f"module.{inside.removeprefix(owner + '.')}"] = tensor
+            del tensors[key]
+    if method.hf_type in LAYOUTS:
+        try:
+            plan, weights = LAYOUTS[method.hf_type].from_hf(model, method, config, tensors)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{folder} cannot be read as {method.hf_type} for this {type(model).__name__}: {error}"
+                             ) from None  # fmt: skip
+    else:
+        for key, tensor in tensors.items():
+            path, parameter = _place(key.removeprefix(PREFIX), method, there)
+            if path not in there:
+                raise ValueError(f"{folder / WEIGHTS} holds {key!r}, for which {type(model).__name__} has no module: "
+                                 "this is an adapter of another model")  # fmt: skip
+            weights.setdefault(path, {})[parameter] = tensor
+        given = {ours: config[theirs] for ours, theirs in hyper_names(method).items() if theirs in config}
+        by_layer = {ours: config.get(theirs) for ours, theirs in PATTERNS.items()}
+        plan = {path: (method, patterned(path, given, by_layer)) for path in weights}
     return plan | {path: (METHODS[COPY], {}) for path in copies}, weights | copies
+
+
+def _place(key: str, method: type[Adapter], there: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """(path, our parameter) of a key: by the method's table of names, else the longest path that it begins with."""
+    for ours, theirs in method.hf_params.items():
+        if key.endswith(f".{theirs}"):
+            return key.removesuffix(f".{theirs}"), ours
+    path = max((p for p in there if key.startswith(f"{p}.")), key=len, default="")
+    return path, key.removeprefix(f"{path}.")
 
 
 def _check_base(model: nn.Module, metadata: Mapping[str, str], folder: Path) -> None:
     for path, numbers in json.loads(metadata.get("peftlab_base", "{}")).items():
-        weight = getattr(_bare(model, path), "weight", None)
-        if weight is None or not weight.is_floating_point() or weight.device.type == "meta":
+        weight = _weight(model, path)
+        if weight is None:
             continue
         here = weight.detach().flatten()[: len(numbers)].float().cpu()
         if not torch.allclose(here, torch.tensor(numbers), rtol=0.02, atol=1e-4):  # room for a bf16 copy of the base
@@ -256,6 +287,7 @@ def load_adapter(
 @torch.no_grad()
 def _fill(into: dict[str, Adapter], weights: dict[str, dict[str, Tensor]], folder: Path, name: str) -> None:
     """Copy the tensors into the attached adapter; every name and shape is checked before the first copy."""
+    into = {path: adapter for path, adapter in into.items() if type(adapter).part_of is None or path in weights}
     if set(into) != set(weights):
         other = sorted(set(into) ^ set(weights))[0]
         raise ValueError(f"adapter {name!r} is attached to other layers than {folder} ({other!r}); detach it first")

@@ -1,0 +1,133 @@
+"""The places of a model where a method can sit: bare paths, and groups of sites that all families name differently.
+
+A bare path is a module's path in the model without adapters: the steps through hosts are left out, so it stays the same
+whatever is attached.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from .core import Adapted
+from .layers import is_linear
+
+# The last linear layer of a sublayer, as the families name it. BERT's and RoBERTa's stand beside the attention module.
+ATTENTION_OUTPUT = re.compile(r"(.*\.)?(o_proj|out_proj|attn\.c_proj|attention\.output\.dense|\w*Attention\.o|\w+ttention\.dense)")
+FFN_OUTPUT = re.compile(r"(.*\.)?(down_proj|fc2|mlp\.c_proj|wo|dense_4h_to_h|lin2|(?<!attention\.)output\.dense)")
+FEED_FORWARD = re.compile(r".*(MLP|FeedForward|FFN|DenseAct|DenseGatedAct).*")  # by class name
+POSITIONS = re.compile(r"(.*\.)?(rotary_emb|wpe|embed_positions|position_embeddings)")
+HEAD = re.compile(r"(.*\.)?(lm_head|score|classifier|qa_outputs)(\..*)?")  # heads are trained, not adapted
+
+
+def sites(model: nn.Module) -> dict[str, nn.Module]:
+    """bare path -> module (or the host around it), of every module an adapter could wrap."""
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        if path:
+            yield path, module
+        for name, child in bare(module).named_children():
+            yield from walk(child, f"{path}.{name}" if path else name)
+
+    seen: set[int] = set()
+    return dict(walk(model, ""))
+
+
+def bare(site: nn.Module) -> nn.Module:
+    """The frozen module itself, without its host if it has one; while merged, the one with the adapters in it."""
+    return site.layer if isinstance(site, Adapted) else site
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Make `module` the one that stands at a bare path."""
+    parent, _, name = path.rpartition(".")
+    setattr(bare(model.get_submodule(parent)), name, module)
+
+
+def _is_head(model: nn.Module, path: str, site: nn.Module) -> bool:
+    return site is getattr(model, "get_output_embeddings", lambda: None)() or HEAD.fullmatch(path) is not None
+
+
+def _linear(path: str, site: nn.Module, model: nn.Module) -> bool:
+    return is_linear(bare(site)) and not _is_head(model, path, site)
+
+
+def _attention(path: str, site: nn.Module, model: nn.Module) -> bool:
+    """By class name, with projections of its own: BERT's and T5's wrappers around the attention proper have none."""
+    module = bare(site)
+    return "Attention" in type(module).__name__ and any(is_linear(bare(m)) for m in module.children())
+
+
+def _feed_forward(path: str, site: nn.Module, model: nn.Module) -> bool:
+    module = bare(site)
+    linear = sum(is_linear(bare(m)) for m in module.children())
+    return FEED_FORWARD.fullmatch(type(module).__name__) is not None and linear >= 2
+
+
+def _attention_output(path: str, site: nn.Module, model: nn.Module) -> bool:
+    return is_linear(bare(site)) and ATTENTION_OUTPUT.fullmatch(path) is not None
+
+
+def _ffn_output(path: str, site: nn.Module, model: nn.Module) -> bool:
+    return is_linear(bare(site)) and FFN_OUTPUT.fullmatch(path) is not None
+
+
+def _norm(path: str, site: nn.Module, model: nn.Module) -> bool:
+    return "norm" in type(bare(site)).__name__.lower() and getattr(bare(site), "weight", None) is not None
+
+
+def _biased(path: str, site: nn.Module, model: nn.Module) -> bool:
+    own = dict(bare(site).named_parameters(recurse=False))
+    return own.get("bias") is not None and not _is_head(model, path, site)
+
+
+def _decoder(path: str, site: nn.Module, model: nn.Module) -> bool:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        name = path.rpartition(".")[2]
+        return name in ("encoder", "decoder") and _takes(bare(site), "inputs_embeds")
+    return path == getattr(model, "base_model_prefix", None) and _takes(bare(site), "inputs_embeds")
+
+
+def _positions(path: str, site: nn.Module, model: nn.Module) -> bool:
+    return POSITIONS.fullmatch(path) is not None
+
+
+def _embeddings(path: str, site: nn.Module, model: nn.Module) -> bool:
+    table = getattr(model, "get_input_embeddings", lambda: None)()
+    return table is not None and bare(site) is bare(table)
+
+
+def _takes(module: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(type(module).forward).parameters
+
+
+# group -> (its test, what to call it in an error)
+GROUPS: dict[str, tuple[Callable[[str, nn.Module, nn.Module], bool], str]] = {
+    "all-linear": (_linear, "linear layer besides its output head"),
+    "all-attention": (_attention, "attention module"),
+    "all-mlp": (_feed_forward, "feed-forward module of its own"),
+    "attention-output": (_attention_output, "linear layer known as an attention's last"),
+    "ffn-output": (_ffn_output, "linear layer known as a feed-forward network's last"),
+    "sublayer-output": (lambda *a: _attention_output(*a) or _ffn_output(*a), "linear layer known as a sublayer's last"),
+    "all-norms": (_norm, "normalisation layer with a weight"),
+    "all-biases": (_biased, "bias"),
+    "decoder": (_decoder, "module known to turn input_ids into hidden states"),
+    "positions": (_positions, "module known for its positions"),
+    "embeddings": (_embeddings, "input embedding"),
+}
+
+
+def group(model: nn.Module, name: str) -> list[str]:
+    """The bare paths of a group of sites, in model order. Raises ValueError if the model has none."""
+    belongs, what = GROUPS[name]
+    found = [path for path, site in sites(model).items() if belongs(path, site, model)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no {what}, so targets={name!r} finds nothing; "
+                         "name its modules with targets=…")  # fmt: skip
+    return found
