@@ -243,8 +243,8 @@ def _check_mixes(model: nn.Module, rows) -> None:
     for name, found in adapters(model).items():
         alone = next((type(a).__name__ for a in found.values() if not a.mixes), None)
         if name in rows and alone:
-            raise ValueError(f"{name!r} is {alone}, which changes the whole batch at once and cannot be in a mixed batch; "
-                             f"run its rows apart: using(model, {name!r})")  # fmt: skip
+            raise ValueError(f"{name!r} is {alone}, which changes the whole batch at once and cannot be in a mixed "
+                             f"batch; run its rows apart: using(model, {name!r})")  # fmt: skip
 
 
 def _merged(model: nn.Module) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def plan(cls, model: nn.Module, paths: Sequence[str], hyper: dict) -> dict[str, tuple[type[Adapter], dict]]:
-        """path -> (method, hyper-parameters), for methods whose sites differ. ValueError if the model cannot have it."""
+        """path -> (method, hyper-parameters), for methods whose sites differ; ValueError for a model it does not suit."""
         return {path: (cls, hyper) for path in paths}
 
     @classmethod
@@ -140,8 +140,8 @@ class Adapted(nn.Module):
         """ValueError if one of the named adapters is none that a weight of this layer could stand for."""
         for adapter in (self.adapters[n] for n in names if n in self.adapters):
             if type(adapter).fold is Adapter.fold and not is_linear(self.layer):
-                raise ValueError(f"{type(adapter).__name__} changes what the whole {type(self.layer).__name__} computes, "
-                                 "so no weight can stand for it")  # fmt: skip
+                raise ValueError(f"{type(adapter).__name__} changes what the whole {type(self.layer).__name__} "
+                                 "computes, so no weight can stand for it")  # fmt: skip
 
     @torch.no_grad()
     def merge(self, names: tuple[str, ...]) -> None:

@@ -16,7 +16,9 @@ from .core import Adapted
 from .layers import is_linear
 
 # The last linear layer of a sublayer, as the families name it. BERT's and RoBERTa's stand beside the attention module.
-ATTENTION_OUTPUT = re.compile(r"(.*\.)?(o_proj|out_proj|attn\.c_proj|attention\.output\.dense|\w*Attention\.o|\w+ttention\.dense)")
+ATTENTION_OUTPUT = re.compile(
+    r"(.*\.)?(o_proj|out_proj|attn\.c_proj|attention\.output\.dense|\w*Attention\.o|\w+ttention\.dense)"
+)
 FFN_OUTPUT = re.compile(r"(.*\.)?(down_proj|fc2|mlp\.c_proj|wo|dense_4h_to_h|lin2|(?<!attention\.)output\.dense)")
 FEED_FORWARD = re.compile(r".*(MLP|FeedForward|FFN|DenseAct|DenseGatedAct).*")  # by class name
 POSITIONS = re.compile(r"(.*\.)?(rotary_emb|wpe|embed_positions|position_embeddings)")
@@ -91,7 +93,10 @@ def _decoder(path: str, site: nn.Module, model: nn.Module) -> bool:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         name = path.rpartition(".")[2]
         return name in ("encoder", "decoder") and _takes(bare(site), "inputs_embeds")
-    return path == getattr(model, "base_model_prefix", None) and _takes(bare(site), "inputs_embeds")
+    prefix = getattr(model, "base_model_prefix", None)
+    inner = getattr(bare(getattr(model, prefix or "", model)), "decoder", None)  # OPT's model calls it directly
+    prefix = f"{prefix}.decoder" if inner is not None and _takes(bare(inner), "inputs_embeds") else prefix
+    return path == prefix and _takes(bare(site), "inputs_embeds")
 
 
 def _positions(path: str, site: nn.Module, model: nn.Module) -> bool:
