@@ -259,7 +259,20 @@ def activate(model: nn.Module, *names: str) -> None:
     if names[: len(merged)] != merged:
         raise ValueError(f"{', '.join(merged)} is merged into the weights and cannot be switched off; "
                          "unmerge(model) first")  # fmt: skip
+    _check_place(model, names)
     switch.active, switch.rows = names, None
+
+
+def _check_place(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuse an adapter inside of one that never calls what is inside: it would do nothing without a word."""
+    for path, host in hosts(model).items():
+        here = [name for name in names if name in host.adapters]
+        for inner, name in zip(here, here[1:], strict=False):
+            if host.adapters[name].replaces:
+                method = type(host.adapters[name]).__name__
+                raise ValueError(f"{name!r} ({method}) takes the place of {path!r}, so {inner!r} inside of it would do "
+                                 f"nothing there; activate one of them alone, or {name!r} first if {inner!r} can "
+                                 "stand around it")  # fmt: skip
 
 
 @contextmanager

@@ -30,6 +30,7 @@ class Adapter(nn.Module):
     hf_params: dict[str, str] = {}  # parameter -> its name in adapter_model.safetensors
     targets = "all-linear"  # where it sits if the user names no targets: see `attach.find_targets`
     mixes = True  # whether the rows of a batch can have different adapters of this method
+    replaces = False  # True: it takes the layer's place and never calls f, so nothing can stand inside of it
     part_of: str | None = None  # of a method that needs two kinds of sites: the method this class is the second part of
     hyper: dict[str, Any] = {}  # the hyper-parameters it was made with, set when it is attached
 

@@ -17,6 +17,8 @@ class ModuleCopy(Adapter):
     Source: modules_to_save of HF PEFT, docs of LoraConfig; its use for heads: Hu et al. 2021, arXiv:2106.09685, 5.1.
     """
 
+    replaces = True
+
     def __init__(self, layer: nn.Module):
         super().__init__(layer)
         if next(layer.parameters(), None) is None:
