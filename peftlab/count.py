@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from .attach import adapters, hosts
-from .baselines import heads, stacks
-from .core import Adapted
-from .layers import shape_of
+from .attach import Targets, adapters, attach
+from .baselines import full_finetuning, heads, stacks
+from .core import Adapted, Adapter
+from .shapes import meta_model
 
 if TYPE_CHECKING:
     import pandas
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 class Count:
     """The parameters of a model, base and adapters together; shared ones once. Bytes are those of the stored tensors.
 
-    expected: adapter name -> the sum of its method's closed formula over the adapted layers. An adapter with a layer
+    expected: adapter name -> the sum of its method's closed formula over the adapted sites. An adapter with a site
     that has no formula (a copied module that is not linear) is not in it.
     """
 
@@ -89,6 +89,14 @@ class Count:
         """Bytes of the trainable parameters."""
         return sum(row.bytes for row in self.rows if row.trainable)
 
+    def file_bytes(self, dtype: str | torch.dtype = "float32") -> int:
+        """Bytes of the trained parameters in a file, at a dtype ("bfloat16", …); its header, some kB, is not in it.
+
+        With adapters: of those, trained or frozen since. Without: of the whole model.
+        """
+        adapted = any(row.adapter for row in self.rows)
+        return item_bytes(dtype) * self._sum(lambda row: bool(row.adapter) or not adapted)
+
     @property
     def optimizer_bytes(self) -> int:
         """Bytes of AdamW's two states, each of the shape and dtype of its trainable parameter: m and v.
@@ -119,12 +127,18 @@ class Count:
 
     def __repr__(self) -> str:
         parts = self._parts(lambda row: f"{row.adapter} ({row.method})" if row.adapter else "base")
-        table = [("", "parameters", "trainable")]
-        table += [(name, f"{part.total:,}", f"{part.trainable:,}") for name, part in parts.items()]
+        named = {f"{row.adapter} ({row.method})": row.adapter for row in self.rows if row.adapter}
+        alone = [name for name in named if list(named.values()).count(named[name]) == 1]  # no copied head beside it
+        formulas = {name: self.expected[named[name]] for name in alone if named[name] in self.expected}
+        table = [("", "parameters", "trainable", "formula")]
+        table += [(name, f"{part.total:,}", f"{part.trainable:,}", f"{formulas[name]:,}" if name in formulas else "–")
+                  for name, part in parts.items()]
         wide = [max(map(len, column)) for column in zip(*table, strict=True)]
+        used = 4 if formulas else 3
         return "\n".join([
             f"trainable {self.trainable:,} of {self.total:,} parameters ({_percent(self.percent)} %)",
-            *(f"  {a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}" for a, b, c in table),
+            *("  ".join(["", f"{row[0]:<{wide[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:used], wide[1:used], strict=True))])
+              for row in table),
             f"trainable weights {_size(self.bytes)}, their two AdamW states {_size(self.optimizer_bytes)}",
         ])  # fmt: skip
 
@@ -161,23 +175,52 @@ class Count:
         return ax
 
 
-def count(model: nn.Module) -> Count:
-    """Count a model's parameters, with adapters or without; meta tensors will do, so nothing needs to be loaded.
+def count(
+    model: Any, method: type[Adapter] | str | None = None, targets: Targets | None = None, **hyper
+) -> Count:
+    """Count the parameters of a model, or of one that is known by its shape only: no weights, no network.
 
+        count(model)                                                       with the adapters it has
+        count("llama-3.1-70b", LoRA, targets="q_proj|v_proj", r=8)         a built-in shape, with an adapter to be
+        count(config), count("config.json"), count("org/name")             a transformers config, a file, a Hub id
+
+    method: None: the model as it is; "full": full fine-tuning; else a method and its targets and hyper-parameters, as
+    for `attach` (modules_to_save and rank_pattern too). A model that is there is never changed: attach to it, then count.
     Packed 4-bit weights count as the weights they stand for. While adapters are merged, the untouched base is counted.
-    Raises TypeError for anything but a module.
+    Raises ValueError for an unknown name, or what `attach` raises; TypeError for any other object.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"count() takes a model (torch.nn.Module), not {type(model).__name__}")
+        model = meta_model(model)
+        if method == "full":
+            if targets is not None or hyper:
+                raise ValueError(f"full fine-tuning trains every parameter; it takes no {', '.join(hyper) or 'targets'}")
+            full_finetuning(model)
+        elif method is not None:
+            attach(model, method, targets=targets, **hyper)
+        elif targets is not None or hyper:
+            raise ValueError(f"{', '.join(hyper) or 'targets'} given, but no method; say which, such as method='LoRA'")
+        else:
+            model.requires_grad_(False)
+    elif method is not None or targets is not None or hyper:
+        raise ValueError("this model is there already and counting does not change it; attach(model, …) first, then "
+                         "count(model)")  # fmt: skip
     layer_of, seen, rows = _layer_names(model), set(), []
     for path, owner, module, name, tensor, number in _tensors(model):
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        adapter, method = owner or (None, "base")
-        rows.append(Row(path, name, adapter, method, layer_of(path, module), _kind(path, model), number,
+        adapter, kind = owner or (None, "base")
+        rows.append(Row(path, name, adapter, kind, layer_of(path, module), _kind(path, model), number,
                         tensor.requires_grad, str(tensor.dtype).removeprefix("torch."), tensor.nbytes))  # fmt: skip
     return Count(tuple(rows), _expected(model))
+
+
+def item_bytes(dtype: str | torch.dtype) -> int:
+    """Bytes of one number: 4 for "float32". Raises ValueError for a name that torch does not know."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{dtype!r} is no dtype of torch; take 'float32', 'bfloat16' or 'float16'")
+    return found.itemsize
 
 
 Owner = tuple[str, str] | None  # adapter name and method; None: the base
@@ -191,7 +234,7 @@ def _tensors(
         yield from _tensors(module.layer if module.original is None else module.original, path, owner)
         for name, adapter in module.adapters.items():
             for inside in adapter.modules():
-                yield from _own(inside, path, (name, type(adapter).__name__))
+                yield from _own(inside, path, (name, adapter.part_of or type(adapter).__name__))
         return
     yield from _own(module, path, owner)
     for name, child in module.named_children():
@@ -233,10 +276,12 @@ def _layer_names(model: nn.Module) -> Callable[[str, nn.Module], str]:
 
 def _bare(model: nn.Module, path: str) -> str:
     """The path of a module in the bare model: without the steps through the hosts around it."""
-    for host in sorted(hosts(model), key=len, reverse=True):
-        if path.startswith(f"{host}.layer."):
-            path = host + path.removeprefix(f"{host}.layer")
-    return path
+    words, module = [], model
+    for word in path.split("."):
+        if not (isinstance(module, Adapted) and word == "layer"):
+            words.append(word)
+        module = module.get_submodule(word)
+    return ".".join(words)
 
 
 def _kind(path: str, model: nn.Module) -> str:
@@ -249,15 +294,10 @@ def _expected(model: nn.Module) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, sites in adapters(model).items():
         try:
-            found[name] = sum(_formula(adapter) for adapter in sites.values())
-        except (ValueError, NotImplementedError):  # not a linear layer, or a method without a formula
+            found[name] = sum(adapter.expected() for adapter in sites.values())
+        except (ValueError, NotImplementedError):  # a site or a method without a formula
             continue
     return found
-
-
-def _formula(adapter: Any) -> int:
-    layer = adapter.layer
-    return adapter.size(*shape_of(layer), **{"bias": getattr(layer, "bias", None) is not None, **adapter.hyper})
 
 
 def _percent(value: float) -> str:

@@ -105,7 +105,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
         settings = {"target_modules": _shortest(model, list(main)) if main else [], "modules_to_save": None,
                     **_settings(method, main)}  # fmt: skip
     for path, adapter in copies.items():
-        tensors |= {f"{PREFIX}{path}.{n}": t for n, t in adapter.module.state_dict().items()}
+        tensors |= {f"{_root(tensors)}{path}.{n}": t for n, t in adapter.module.state_dict().items()}
     if copies:
         settings["modules_to_save"] = _shortest(model, list(copies))
     for key, tensor in tensors.items():
@@ -123,6 +123,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     folder = Path(folder)
     atomic_files({folder / WEIGHTS: save(data, metadata), folder / CONFIG: json.dumps(config, indent=2) + "\n"})
     return folder
+
+
+def _root(tensors: Mapping[str, Tensor]) -> str:
+    """What HF PEFT writes before a module's path: soft prompts wrap the model once, all other methods twice."""
+    return "base_model." if "prompt_embeddings" in tensors else PREFIX
 
 
 def hyper_names(method: type[Adapter]) -> dict[str, str]:
@@ -207,7 +212,7 @@ def _plan(model: nn.Module, config: dict, tensors: dict[str, Tensor], method: ty
     weights: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, dict[str, Tensor]] = {}
     for key, tensor in list(tensors.items()):
-        inside = key.removeprefix(PREFIX)
+        inside = key.removeprefix(_root(tensors))
         owners = (p for p in there if inside.startswith(p + ".") and any(f".{p}".endswith(f".{s}") for s in saved))
         if owner := next(owners, None):
             copies.setdefault(owner, {})[f"module.{inside.removeprefix(owner + '.')}"] = tensor

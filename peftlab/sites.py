@@ -121,7 +121,7 @@ GROUPS: dict[str, tuple[Callable[[str, nn.Module, nn.Module], bool], str]] = {
     "ffn-output": (_ffn_output, "linear layer known as a feed-forward network's last"),
     "sublayer-output": (lambda *a: _attention_output(*a) or _ffn_output(*a), "linear layer known as a sublayer's last"),
     "all-norms": (_norm, "normalisation layer with a weight"),
-    "all-biases": (_biased, "bias"),
+    "all-biases": (_biased, "bias (BitFit on targets='all-linear' adds new ones; LNTuning and IA3 need none)"),
     "decoder": (_decoder, "module known to turn input_ids into hidden states"),
     "positions": (_positions, "module known for its positions"),
     "embeddings": (_embeddings, "input embedding"),

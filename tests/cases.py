@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from families import shake
 from torch import nn
+
+import peftlab as pl
 
 TARGETS = "q_proj|v_proj|down_proj"
 
@@ -23,7 +26,42 @@ class Case:
     before: Callable[[nn.Module], None] | None = None  # what must be attached first
 
 
-CASES: dict[str, Case] = {}
+def peers(*names: str, frozen: bool) -> Callable[[nn.Module], None]:
+    """Attaches trained Pfeiffer adapters of these names, for methods that work on other adapters."""
+
+    def attach(model: nn.Module) -> None:
+        for seed, name in enumerate(names, 10):
+            pl.attach(model, pl.Pfeiffer, TARGETS, name=name, bottleneck=4)
+            for adapter in pl.adapters(model)[name].values():
+                shake(adapter, 0.2, seed=seed)
+            pl.freeze(model, name, frozen)
+
+    return attach
+
+
+CASES: dict[str, Case] = {
+    # bottlenecks: a bend that no weight can stand for
+    "Houlsby": Case(affine="not an affine map", shake=0.2),
+    "Pfeiffer": Case(affine="not an affine map", shake=0.2),
+    "ParallelAdapter": Case(targets=None, affine="no weight can stand for"),
+    "Compacter": Case(hyper=dict(bottleneck=8), affine="not an affine map", shake=0.2),
+    "AdapterFusion": Case(
+        hyper=dict(of=("x", "y")), identity=False, affine="not an affine map", before=peers("x", "y", frozen=True)
+    ),
+    "Gated": Case(hyper=dict(of="x"), identity=False, affine="not an affine map", before=peers("x", frozen=False)),
+    # soft prompts: no weight can stand for them; the file of P-tuning holds the vectors without the network
+    "PromptTuning": Case(targets=None, hyper=dict(k=4), identity=False, affine="no weight can stand for"),
+    "PTuning": Case(targets=None, hyper=dict(k=4), identity=False, affine="no weight can stand for", same_hyper=False),
+    "MultitaskPromptTuning": Case(targets=None, hyper=dict(k=4), identity=False, affine="no weight can stand for"),
+    # attention: a prefix is never the base, whatever its keys; both need the whole softmax, which no weight gives
+    "PrefixTuning": Case(targets=None, hyper=dict(k=4), identity=False, affine="no weight can stand for"),
+    "LlamaAdapter": Case(targets=None, hyper=dict(k=4), affine="no weight can stand for", shake=0.5),
+    # selective methods
+    "BitFit": Case(hyper={}),  # this Llama has no biases: its linear layers get new ones
+    "LNTuning": Case(targets=None, shake=0.2),
+    "IA3": Case(targets=None, shake=0.2),
+    "TrainableTokens": Case(targets=None, hyper=dict(tokens=[91, 6, 89, 41, 38]), shake=0.5),
+}
 
 
 def case_of(method: type) -> Case:

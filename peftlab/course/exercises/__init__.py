@@ -4,11 +4,16 @@ Each lesson's exercises are a file of this folder: the reference solutions, the 
 mistakes with their hints.
 """
 
+import importlib
+import pkgutil
+
 from ..source import Source
-from . import lesson_00, lesson_01, lesson_02  # noqa: F401  (they register their exercises)
 from ._frame import EXERCISES, Exercise, Result, find
 
 __all__ = ["EXERCISES", "Exercise", "Result", "Source", "check", "find", "names", "question", "solution", "stub"]
+
+for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):  # the lessons register their exercises
+    importlib.import_module(f"{__name__}.{_module}")
 
 
 def check(name: str, attempt: object = None) -> Result:

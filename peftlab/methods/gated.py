@@ -1,0 +1,80 @@
+"""A gate on another adapter. Mao et al. 2022 (UniPELT), arXiv:2110.07577."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..core import Adapter
+from ..layers import is_linear
+from ._bottleneck import site_shape
+from ._peers import carriers, known, peer
+
+
+class Gated(Adapter):
+    """UniPELT's gate: each token decides how much of another adapter's change it takes.
+
+    y = h + g·(adapter(f, x) − h) with h = f(x), g = σ(w·u + c) in 0…1, and u what the adapter reads: x (LoRA), or h if
+    it sits behind the layer (Houlsby). A prefix is gated in its share of attention: its keys p weigh g·exp(q·p), and
+    the text's positions are not moved. The gate starts near ½; it is activated in the adapter's place, and both learn.
+
+    In the paper g is averaged over a BERT's tokens and multiplies P_k, P_v. In a model that writes, an average would
+    look at words to come and differ with each new word, so here each token has its own gate, and g = 0 is the base.
+
+    of: name of the attached adapter. reads: "input" or "output", by default as the adapter does. Cannot be merged.
+    Trained: width + 1 a site, width that of u. Raises ValueError if the adapter is missing or sits on other modules.
+    Source: Mao et al. 2022, arXiv:2110.07577, section 3.2.
+    """
+
+    def __init__(self, layer: nn.Module, of: str = "", reads: str = "input"):
+        super().__init__(layer)
+        if not of or reads not in ("input", "output"):
+            raise ValueError(f"of={of!r}, reads={reads!r}: name one attached adapter, and 'input' or 'output'")
+        self.needs, self.reads, self.mixes = (of,), reads, is_linear(layer)
+        self.w = nn.Parameter(0.02 * torch.randn(site_shape(layer)[reads == "input"]))
+        self.c = nn.Parameter(torch.zeros(1))
+
+    @classmethod
+    def plan(cls, model: nn.Module, paths, hyper: dict) -> dict:
+        """Those of the targets that carry the adapter."""
+        from ..attach import adapters
+
+        found = carriers(model, paths, [hyper.get("of", "")])
+        there = adapters(model)[hyper["of"]]
+        behind = {p: is_linear(there[p].layer) and type(there[p]).forward is not Adapter.forward for p in found}
+        return {p: (cls, {"reads": "output" if behind[p] else "input", **hyper}) for p in found}
+
+    @staticmethod
+    def size(out_features: int, in_features: int, reads: str = "input", **_) -> int:
+        """width + 1"""
+        return (in_features if reads == "input" else out_features) + 1
+
+    def expected(self) -> int:
+        return self.size(*site_shape(self.layer), **self.hyper)
+
+    def gate(self, u: Tensor) -> Tensor:  # (..., width) -> (..., 1)
+        return torch.sigmoid(u.to(self.w.dtype) @ self.w + self.c)[..., None]
+
+    def forward(self, f, *args, **kwargs):
+        adapter = peer(self, self.needs[0])
+        x = args[0] if args else kwargs["hidden_states"]
+        if hasattr(adapter, "prefix"):
+            return adapter(partial(self.attend, f, self.gate(x)), *args, **kwargs)
+        h = f(x)
+        change = adapter(known(f, x, h), x) - h
+        return h + (self.gate(x if self.reads == "input" else h) * change).to(h.dtype)
+
+    def attend(self, f, g: Tensor, *args, past_key_values, attention_mask=None, **kwargs):
+        """Attention with g (B, T, 1) times the weight of each of the prefix's keys: log g on their part of the mask."""
+        x, k, cache = args[0] if args else kwargs["hidden_states"], past_key_values.P_k.shape[2], past_key_values.cache
+        if attention_mask is None:  # all is seen: of the prefix, of what is cached, and of x
+            cached = 0 if cache is None else cache.get_seq_length(self.layer.layer_idx)
+            attention_mask = x.new_zeros(len(x), 1, x.shape[1], k + cached + x.shape[1])
+        elif attention_mask.dtype == torch.bool:
+            attention_mask = x.new_zeros(()).masked_fill(~attention_mask, torch.finfo(x.dtype).min)
+        own = torch.zeros_like(attention_mask[..., :1]) + g.log().to(x.dtype)[:, None]  # (B, 1, T, 1)
+        rest = attention_mask[..., k:]
+        mask = torch.cat([own.expand(-1, -1, -1, k), rest.expand(len(own), -1, -1, -1)], -1)
+        return f(*args, past_key_values=past_key_values, attention_mask=mask, **kwargs)
