@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", metavar="<verb>", required=True, title="verbs")
     for name in VERBS:
         module = importlib.import_module(f".verbs.{name}", __package__)
-        one = verbs.add_parser(name, help=module.HELP, description=module.__doc__.strip(), allow_abbrev=False,
+        one = verbs.add_parser(name, help=module.HELP, description=module.__doc__, allow_abbrev=False,
                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         module.arguments(one)
         one.set_defaults(run=module.run)

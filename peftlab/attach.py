@@ -354,12 +354,19 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def detach(model: nn.Module, *names: str) -> nn.Module:
-    """Remove adapters (default: all); a layer without adapters is put back as it was. The base stays frozen."""
+    """Remove adapters (default: all); a layer without adapters is put back as it was. The base stays frozen.
+
+    Raises ValueError for adapters that are merged, or that another one needs (AdapterFusion); then none is removed.
+    """
     switch = switch_of(model)
     _known(model, names)
     names = names or tuple(adapters(model))
     if set(names) & set(_merged(model)):
         raise ValueError("these adapters are merged into the weights; unmerge(model) first")
+    for name, found in adapters(model).items():
+        needed = sorted({n for adapter in found.values() for n in adapter.needs} & set(names))
+        if needed and name not in names:
+            raise ValueError(f"{name!r} needs {needed[0]!r}; detach {name!r} first, or both at once")
     for path, host in hosts(model).items():
         for name in set(names) & set(host.adapters):
             del host.adapters[name]

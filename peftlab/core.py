@@ -33,6 +33,7 @@ class Adapter(nn.Module):
     replaces = False  # True: it takes the layer's place and never calls f, so nothing can stand inside of it
     part_of: str | None = None  # of a method that needs two kinds of sites: the method this class is the second part of
     hyper: dict[str, Any] = {}  # the hyper-parameters it was made with, set when it is attached
+    needs: tuple[str, ...] = ()  # names of the adapters of the same layer that it works on
 
     def __init_subclass__(cls):
         if cls.part_of is None:

@@ -137,8 +137,8 @@ class Count:
         used = 4 if formulas else 3
         return "\n".join([
             f"trainable {self.trainable:,} of {self.total:,} parameters ({_percent(self.percent)} %)",
-            *("  ".join(["", f"{row[0]:<{wide[0]}}", *(f"{c:>{w}}" for c, w in zip(row[1:used], wide[1:used], strict=True))])
-              for row in table),
+            *("  ".join(["", f"{name:<{wide[0]}}", *map(str.rjust, numbers[: used - 1], wide[1:])])
+              for name, *numbers in table),
             f"trainable weights {_size(self.bytes)}, their two AdamW states {_size(self.optimizer_bytes)}",
         ])  # fmt: skip
 
@@ -185,7 +185,7 @@ def count(
         count(config), count("config.json"), count("org/name")             a transformers config, a file, a Hub id
 
     method: None: the model as it is; "full": full fine-tuning; else a method and its targets and hyper-parameters, as
-    for `attach` (modules_to_save and rank_pattern too). A model that is there is never changed: attach to it, then count.
+    for `attach` (modules_to_save and rank_pattern too). A model that is there is never changed: attach, then count.
     Packed 4-bit weights count as the weights they stand for. While adapters are merged, the untouched base is counted.
     Raises ValueError for an unknown name, or what `attach` raises; TypeError for any other object.
     """
@@ -193,7 +193,7 @@ def count(
         model = meta_model(model)
         if method == "full":
             if targets is not None or hyper:
-                raise ValueError(f"full fine-tuning trains every parameter; it takes no {', '.join(hyper) or 'targets'}")
+                raise ValueError(f"full fine-tuning trains all there is; it takes no {', '.join(hyper) or 'targets'}")
             full_finetuning(model)
         elif method is not None:
             attach(model, method, targets=targets, **hyper)

@@ -18,7 +18,8 @@ def ties(model: nn.Module, path: str) -> list[str]:
 def add_tokens(model: nn.Module, tokenizer, words: Sequence[str]) -> list[int]:
     """Make room for new words in tokenizer and model, in place; returns their ids, for `TrainableTokens`.
 
-    The table of vectors grows where it has no rows to spare; the new rows start near the mean of the others.
+    The table of vectors grows if it has no rows to spare; the new rows are the mean of the others, so that at first the
+    new words are hardly ever said. Source: Hewitt 2021, "Initializing new word embeddings".
     Raises ValueError for a word that the tokenizer has already, or if adapters sit on the table; then nothing changed.
     """
     from .attach import hosts
@@ -29,6 +30,10 @@ def add_tokens(model: nn.Module, tokenizer, words: Sequence[str]) -> list[int]:
     if hosts(model):
         raise ValueError("adapters are attached, and a table that grows is a new one; add the tokens first")
     tokenizer.add_tokens(list(words))
-    if len(tokenizer) > len(model.get_input_embeddings().weight):
-        model.resize_token_embeddings(len(tokenizer))
+    rows = len(model.get_input_embeddings().weight)
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if table is not None:  # of tied ones, the second writes the same
+                table.weight.data[rows:] = table.weight.data[:rows].mean(0)
     return tokenizer.convert_tokens_to_ids(list(words))

@@ -19,12 +19,12 @@ HELP = "count parameters of any model and method, without weights"
 def arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("the model")
     which = model.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", metavar="NAME", help="built-in shape, config.json or its folder, or a Hub id (online)")
+    which.add_argument("--model", metavar="NAME", help="built-in shape, config.json or its folder, or Hub id (online)")
     which.add_argument("--list", action="store_true", help="list the built-in shapes and the methods, and end")
     method = parser.add_argument_group("the method")
-    method.add_argument("--method", metavar="NAME", help="LoRA, IA3, … or 'full'; without it, only the model is counted")
-    method.add_argument("--targets", metavar="WHERE", help="regular expression for the end of a path, or a group such as "
-                        "all-linear (default: the method's own)")  # fmt: skip
+    method.add_argument("--method", metavar="NAME", help="LoRA, IA3, … or 'full'; without it, only the model counts")
+    method.add_argument("--targets", metavar="WHERE", help="regular expression for the end of a path, or a group such "
+                        "as all-linear (default: the method's own)")  # fmt: skip
     method.add_argument("--rank", type=int, metavar="R", help="the rank r, for methods that have one")
     method.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="hyper",
                         help="any other hyper-parameter, such as alpha=32; may be repeated")  # fmt: skip
@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> None:
     print(counted)
     print(f"stored as {args.dtype}: {stored:,} bytes")
     for name in [args.by] if args.by else []:
-        rows = [(name, "parameters", "trainable"), *((k, f"{p.total:,}", f"{p.trainable:,}") for k, p in tables[name].items())]
+        rows = [(name, "parameters", "trainable")]
+        rows += [(part, f"{p.total:,}", f"{p.trainable:,}") for part, p in tables[name].items()]
         wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
         print("", *(f"  {a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}" for a, b, c in rows), sep="\n")
 
