@@ -46,7 +46,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def plan(cls, model: nn.Module, paths: Sequence[str], hyper: dict) -> dict[str, tuple[type[Adapter], dict]]:
-        """path -> (method, hyper-parameters), for methods whose sites differ; ValueError for a model it does not suit."""
+        """path -> (method, hyper-parameters), for methods whose sites differ. ValueError for an unfit model."""
         return {path: (cls, hyper) for path in paths}
 
     @classmethod

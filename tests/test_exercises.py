@@ -93,6 +93,19 @@ def test_every_lesson_has_exercises():
             lambda n, t, w, g, o: vars(ledger(n, t, weight_bytes=w, grad_bytes=g, optimizer_bytes=o)),
         ),
         ("both_zero", " Neither "),
+        (
+            "bottleneck_forward",
+            lambda h, down, c, up, d: h + nn.functional.linear(nn.functional.linear(h, down, c).clamp(min=0), up, d),
+        ),
+        ("adapter_count", lambda D, b, blocks, each: sum((D + 1) * b + (b + 1) * D for _ in range(blocks * each))),
+        ("kronecker_weight", lambda A, s, t: torch.einsum("ipq,iar,irc->paqc", A, s, t).flatten(0, 1).flatten(1)),
+        (
+            "fuse",
+            lambda h, z, Q, K, V: (
+                h + torch.einsum("an,and->nd", torch.einsum("nd,and->an", h @ Q.T @ K, z).softmax(0), z) @ V.T
+            ),
+        ),
+        ("folds", "lora"),
     ],
 )
 def test_other_right_answers(name, attempt):

@@ -18,7 +18,7 @@ class LNTuning(Adapter):
     On top of another adapter of the same norm it adds its change: f(x) + (y − frozen(x)).
 
     Trained: d a norm, 2d with a bias. Raises ValueError for a layer that is no norm or has no weight.
-    Source: Zhao et al. 2023, arXiv:2312.11420, section 2.
+    Source: Zhao et al. 2023, arXiv:2312.11420.
     """
 
     hf_type = "LN_TUNING"

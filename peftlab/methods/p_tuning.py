@@ -48,7 +48,7 @@ class PTuning(Adapter):
         return plan_prompt(cls, model, paths, hyper)
 
     def expected(self) -> int:
-        """k·d + network; MLP: (d·h + h) + (h² + h) + (h·d + d); LSTM: 8h(d + h + 2) + 8h(3h + 2) + 4h² + 2h + 2h·d + d"""
+        """k·d and the network: for the LSTM, two directions of four gates with two biases, then an MLP 2h → 2h → d"""
         k, d = self.hyper["k"], embedding_of(self.layer).embedding_dim
         h = self.hyper["hidden"] or d
         network = {"none": 0, "mlp": (d * h + h) + (h * h + h) + (h * d + d),

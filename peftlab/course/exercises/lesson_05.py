@@ -1,6 +1,6 @@
 """Exercises of 05_selective: merging a rescaling, a table with new rows, two counts, and how far a gain can move.
 
-Shapes: W (out, in), b and l (out,), E (V, d), rows (n, d).
+Shapes: W (out, in), b and scale (out,), E (V, d), rows (n, d).
 """
 
 import torch
@@ -11,50 +11,50 @@ LESSON = "05_selective"
 
 
 def _layers() -> list[tuple]:
-    """(W, b, l): wide, tall, and two square ones, where rows and columns can be confused without an error."""
+    """(W, b, scale): wide, tall, and two square ones, where rows and columns can be confused without an error."""
     g = torch.Generator().manual_seed(0)
     shapes = (5, 3), (3, 6), (4, 4), (7, 7)
     return [tuple(torch.randn(s, generator=g) for s in ((n_out, n_in), (n_out,), (n_out,))) for n_out, n_in in shapes]
 
 
-@exercise(LESSON, "l ⊙ (W x + b) = (each row of W times its l) x + …: what happens to b?", _layers)
-def ia3_merge(W, b, l):  # noqa: E741  the paper's letter
-    """Return (weight, bias) of the one linear layer that answers like l ⊙ (W x + b).
+@exercise(LESSON, "each row of W times its factor; and what happens to b?", _layers)
+def ia3_merge(W, b, scale):
+    """Return (weight, bias) of the one linear layer that answers like scale ⊙ (W x + b).
 
-    W (out, in), b (out,), l (out,). W and b themselves stay as they are.
+    W (out, in), b (out,), scale (out,), which the paper calls l. W and b themselves stay as they are.
     """
-    return l[:, None] * W, l * b
+    return scale[:, None] * W, scale * b
 
 
-@ia3_merge.mistake("the bias is rescaled too: l multiplies all that the layer gives out, W x and b")
-def _bias_left(W, b, l):  # noqa: E741
-    return l[:, None] * W, b
+@ia3_merge.mistake("the bias is rescaled too: the factor multiplies all that the layer gives out, W x and b")
+def _bias_left(W, b, scale):
+    return scale[:, None] * W, b
 
 
-@ia3_merge.mistake("these are the columns of W: that rescales the inputs, W (l ⊙ x), which is the feed-forward case")
-def _columns(W, b, l):  # noqa: E741
-    return W * l, l * b
+@ia3_merge.mistake("these are the columns of W: that rescales the inputs, W (scale ⊙ x), as on the feed-forward side")
+def _columns(W, b, scale):
+    return W * scale, scale * b
 
 
-@ia3_merge.mistake("l multiplies; adding it would be a new bias, as in BitFit")
-def _added(W, b, l):  # noqa: E741
-    return W, b + l
+@ia3_merge.mistake("scale multiplies; adding it would be a new bias, as in BitFit")
+def _added(W, b, scale):
+    return W, b + scale
 
 
-@ia3_merge.mistake("this is the change alone; the merged weight holds the frozen one too, l ⊙ W")
-def _change_only(W, b, l):  # noqa: E741
-    return (l[:, None] - 1) * W, (l - 1) * b
+@ia3_merge.mistake("this is the change alone; the merged weight holds the frozen one too, scale ⊙ W")
+def _change_only(W, b, scale):
+    return (scale[:, None] - 1) * W, (scale - 1) * b
 
 
-@ia3_merge.mistake("l starts at one and is the factor itself: l ⊙ W, not (1 + l) ⊙ W")
-def _one_more(W, b, l):  # noqa: E741
-    return (1 + l)[:, None] * W, (1 + l) * b
+@ia3_merge.mistake("scale is the factor itself, it starts at one: scale ⊙ W, not (1 + scale) ⊙ W")
+def _one_more(W, b, scale):
+    return (1 + scale)[:, None] * W, (1 + scale) * b
 
 
 @ia3_merge.mistake("W was changed in place: the frozen layer is lost")
-def _in_place(W, b, l):  # noqa: E741
-    W *= l[:, None]
-    return W, l * b
+def _in_place(W, b, scale):
+    W *= scale[:, None]
+    return W, scale * b
 
 
 def _texts() -> list[tuple]:

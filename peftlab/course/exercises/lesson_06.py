@@ -14,12 +14,12 @@ def _llamas() -> list[tuple]:
     ]
 
 
-@exercise(LESSON, "embeddings, blocks (4 + 3 matrices, 2 norms), the last norm, and an output layer unless tied", _llamas)
+@exercise(LESSON, "embeddings, blocks of 4 + 3 matrices and 2 norms, a last norm, an output layer unless tied", _llamas)
 def llama_parameters(d, m, layers, d_kv, vocabulary, tied):
     """Return the number of parameters of a Llama.
 
-    d is its width, m the width inside the feed-forward net, d_kv that of the keys and of the values. A norm has d weights,
-    there are two in a block and one after the last. If tied, the output layer is the embedding. There are no biases.
+    d is its width, m the width inside the feed-forward net, d_kv that of the keys and of the values. A norm has d
+    weights; two are in each block and one after the last. If tied, the output layer is the embedding. No biases.
     """
     attention = 2 * d * d + 2 * d * d_kv
     feed_forward = 3 * d * m
@@ -62,7 +62,7 @@ def _budgets() -> list[tuple]:
     return [([(4096, 4096)] * 64, 30_000_000), (block * 32, 30_000_000), ([(512, 512), (6, 512)], 1_000_000)]
 
 
-@exercise(LESSON, "rank r costs r·(out + in) on each layer, and r is at most the smaller side of the smallest", _budgets)
+@exercise(LESSON, "rank r costs r·(out + in) on each layer, and is at most the smaller side of each", _budgets)
 def largest_rank(shapes, budget):
     """Return the largest rank r with which LoRA on layers of these shapes trains at most `budget` parameters.
 
