@@ -20,6 +20,7 @@ _HOME = {  # name -> module that defines it
     "count": ["count"],
     "files": ["load_adapter", "save_adapter"],
     "unions": ["mam", "unipelt"],
+    "vocabulary": ["add_tokens"],
     "base": ["load_base"],
     "train": ["Log", "train", "train_steps"],
     "course.source": ["show"],

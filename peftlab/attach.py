@@ -157,8 +157,7 @@ def attach(
     _check_name(model, name)
     patterns = {"r": rank_pattern, "alpha": alpha_pattern}
     _check_hyper(method, {**hyper, **{k: 0 for k, p in patterns.items() if p}})
-    targets = method.targets if targets is None else targets
-    paths = find_targets(model, targets) if targets else []
+    paths = _own_targets(model, method) if targets is None else find_targets(model, targets) if targets else []
     copies = find_targets(model, modules_to_save) if modules_to_save else []
     try:
         plan = method.plan(model, paths, hyper) if paths else {}
@@ -171,6 +170,18 @@ def attach(
             if not any(re.fullmatch(rf"(.*\.)?({expression})", p) for p in paths):
                 raise ValueError(f"{key} pattern {expression!r} matches none of the {len(paths)} target layers")
     return attach_plan(model, name, plan)
+
+
+def _own_targets(model: nn.Module, method: type[Adapter]) -> list[str]:
+    """Where a method sits if the user names no targets; ValueError, in few words, if it cannot tell."""
+    if method.targets in GROUPS:
+        return group(model, method.targets)
+    try:
+        return find_targets(model, method.targets)
+    except ValueError as error:
+        kinds = str(error).rpartition("Linear layers of")
+        raise ValueError(f"{method.__name__} knows none of the layers of {type(model).__name__} by name; "
+                         f"name them with targets=… {''.join(kinds[1:])}") from None  # fmt: skip
 
 
 def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapter], dict]]) -> nn.Module:

@@ -193,3 +193,14 @@ def test_meta_models_can_be_counted():
     pl.attach(model, pl.LoRA, "q_proj", r=4)
     assert all(p.device.type == "meta" for p in model.parameters())
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * 4 * 64
+
+
+def test_a_method_that_knows_no_layer_by_name_says_so_in_short():
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with pytest.raises(ValueError, match="IA3 knows none of .* Sequential by name; name them with targets=") as told:
+        pl.attach(model, pl.IA3)
+    assert len(str(told.value)) < 200 and not pl.hosts(model)
+    pl.attach(model, pl.IA3, targets="0", feedforward=False)
+    assert list(pl.hosts(model)) == ["0"]

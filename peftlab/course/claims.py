@@ -377,7 +377,7 @@ def prefix_place() -> Finding:
     return Finding(
         f"to the keys and the values of each attention: 2·L·k·d_kv = {keys_values:,} in Llama 3.2 1B with "
         f"k = 20; vectors before the hidden states would be L·k·d = {hidden:,}",
-        "wrong: keys and values, as text 4 says",
+        "wrong in the detail: keys and values, as text 4 says",
     )
 
 
@@ -409,9 +409,8 @@ def running_locally() -> Finding:
 @claim("one base serves many users, adapters are swapped on the fly", 1, 2, 3, topic="what the methods are")
 def swapping() -> Finding:
     return Finding(
-        "switching is exact: with an adapter off, the base gives the same bits as before, and rows of "
-        "one batch can have different adapters (law tests, every method). Its speed for thousands: "
-        "lesson on serving",
+        "switching is exact: with an adapter off, the base gives the same bits as before (law tests, every method), and "
+        "rows of one batch can have different adapters if these sit on layers. Its speed for thousands: lesson on serving",
         "holds",
     )
 
@@ -522,7 +521,7 @@ def impossible() -> Finding:
     )
 
 
-@claim("freezing drastically reduces the memory of gradients and optimizer states", 2, topic="memory")
+@claim("freezing drastically reduces the memory of gradients and optimizer states", 2, 3, 4, topic="memory")
 def states_saved() -> Finding:
     ways = compare(LEDGER_7B, targets=QV)
     full, lora = (way.gradients + way.optimizer for way in (ways["full"], ways["LoRA r=8"]))
@@ -553,7 +552,7 @@ def consumer_card() -> Finding:
     return Finding(
         "largest of our models whose ledger fits 24 GiB: "
         + "; ".join(f"{w}: {n}" for w, n in most.items())
-        + f". The 70B model of text 5 takes {_gib(need)} even in 4 bits",
+        + f". A 70B model takes {_gib(need)} even in 4 bits",
         "holds if the model is no larger than that",
     )
 
@@ -623,8 +622,8 @@ def no_latency() -> Finding:
     assert lora.prefill > 1 and bool(lora.mergeable)
     return Finding(
         f"measured on our base, r = 8 on all linear layers, not merged: a forward pass takes {lora.prefill:.2f} times "
-        f"the base's time, a generated token {lora.decode:.2f} times. Our layers are small, so that the products beside "
-        "them weigh much. On large models, and merged: lesson on serving",
+        f"the base's time, a generated token {lora.decode:.2f} times. Our layers are small, so the products beside them "
+        "weigh much. On large models, and merged: lesson on serving",
         "holds if it is merged, and then nothing can be swapped",
     )
 
