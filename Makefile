@@ -10,8 +10,8 @@ FIXED := env -u PEFTLAB_BASE OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 CUDA_VISIBLE_DE
 NBVAL ?= --nbval
 ARGS ?=
 NB ?=
-# lora_rank.py is an experiment of half an hour with a recorded result: run by hand
-BENCHMARKS := benchmarks/step.py
+# lora_rank.py and classic.py are experiments of half an hour and more with recorded results: run by hand
+BENCHMARKS := benchmarks/step.py benchmarks/count.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lab test test-fast test-notebooks test-browser lint bench notebooks count pins clean

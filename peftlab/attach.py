@@ -13,7 +13,7 @@ from torch import nn
 
 from .core import METHODS, Adapted, Adapter, Switch
 from .layers import device_of, is_linear, shape_of
-from .sites import GROUPS, bare, group, put, sites
+from .sites import GROUPS, at, bare, group, put, sites
 
 Targets = str | Sequence[str]
 
@@ -77,7 +77,7 @@ def find_targets(model: nn.Module, targets: Targets) -> list[str]:
 
 def _check_site(model: nn.Module, path: str) -> None:
     """Refuse layers whose owner would bypass a host without a word."""
-    if isinstance(bare(model.get_submodule(path.rpartition(".")[0])), nn.MultiheadAttention):
+    if isinstance(bare(at(model, path.rpartition(".")[0])), nn.MultiheadAttention):
         raise ValueError(f"{path!r} belongs to nn.MultiheadAttention, which reads its weight and never calls it: "
                          "an adapter there would do nothing. Adapt layers outside of it")  # fmt: skip
 
@@ -122,7 +122,7 @@ def switch_of(model: nn.Module) -> Switch:
 
 def wrap(model: nn.Module, path: str, switch: Switch) -> Adapted:
     """The host at `path`, put there if there is none."""
-    site = model.get_submodule(path)
+    site = at(model, path)
     if isinstance(site, Adapted):
         return site
     host = Adapted(site, switch)
@@ -192,7 +192,7 @@ def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapt
     made: dict[str, Adapter] = {}
     for path, (method, hyper) in plan.items():  # build all before the model is touched: an error changes nothing
         _check_site(model, path)
-        site = model.get_submodule(path)
+        site = at(model, path)
         layer = site.original if isinstance(site, Adapted) and site.original is not None else bare(site)
         if _owns(method) and _is_tied(model, path, layer):
             raise ValueError(f"{path!r} shares its weight with another module; a trained copy would untie them. "

@@ -71,10 +71,10 @@ class Adapter(nn.Module):
         """(A, B, s) if Δ(x) is just s·x·Aᵀ·Bᵀ, with A (r, in) and B (out, r): lets the host fuse it with the layer."""
         return None
 
-    def forward(self, f, x: Tensor) -> Tensor:
-        """y = f(x) + Δ(x)"""
+    def forward(self, f, x: Tensor, *others, **more) -> Tensor:
+        """y = f(x) + Δ(x); BLOOM's and MPT's feed-forward nets get `others` besides x: the residual."""
         factors = self.factors() if fusible(f, x) else None
-        return f(x) + self.change(x) if factors is None else low_rank_linear(f, x, *factors)
+        return f(x, *others, **more) + self.change(x) if factors is None else low_rank_linear(f, x, *factors)
 
     def change(self, x: Tensor) -> Tensor:
         """Δ(x) in x's dtype: adapters may stay float32 on a bfloat16 or 4-bit base."""

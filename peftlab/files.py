@@ -20,7 +20,7 @@ from .attach import _defaults, adapters, attach_plan, detach, find_targets, host
 from .core import METHODS, Adapter
 from .formats import LAYOUTS
 from .paths import atomic_files
-from .sites import sites
+from .sites import at, sites
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 COPY = "ModuleCopy"
@@ -66,7 +66,7 @@ def _fingerprint(model: nn.Module, paths) -> str:
 
 def _bare(model: nn.Module, path: str) -> nn.Module:
     host = hosts(model).get(path)
-    return model.get_submodule(path) if host is None else (host.original or host.layer)
+    return at(model, path) if host is None else (host.original or host.layer)
 
 
 def _weight(model: nn.Module, path: str) -> Tensor | None:

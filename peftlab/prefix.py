@@ -14,8 +14,10 @@ def kv_shape(attention: nn.Module) -> tuple[int, int]:
     """(heads, width) of the keys and values that the attention caches; ValueError if a prefix has no place there."""
     kind = type(attention).__name__
     if "past_key_values" not in inspect.signature(type(attention).forward).parameters:
-        raise ValueError(f"{kind} takes no past_key_values, which a prefix stands in for; "
-                         "choose attention modules that do (targets='all-attention')")  # fmt: skip
+        raise ValueError(f"{kind} takes no past_key_values, which a prefix stands in for; if it is the model's "
+                         "attention (see targets='all-attention'), take PromptTuning")  # fmt: skip
+    if hasattr(attention, "kv_lora_rank"):
+        raise ValueError(f"{kind} has keys and values of different widths (latent attention); take PromptTuning")
     if hasattr(attention, "has_relative_attention_bias") or getattr(attention, "is_cross_attention", False):
         raise ValueError(f"{kind} adds a bias for each pair of tokens or reads another text, so a prefix has no place "
                          "in it; PromptTuning works there")  # fmt: skip

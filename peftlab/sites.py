@@ -17,12 +17,15 @@ from .layers import is_linear
 
 # The last linear layer of a sublayer, as the families name it. BERT's and RoBERTa's stand beside the attention module.
 ATTENTION_OUTPUT = re.compile(
-    r"(.*\.)?(o_proj|out_proj|attn\.c_proj|attention\.output\.dense|\w*Attention\.o|\w+ttention\.dense)"
+    r"(.*\.)?(o_proj|out_proj|out_lin|attn\.c_proj|attn\.Wo|attention\.output\.dense|\w*Attention\.o|"
+    r"(\w+ttention|self_attn)\.dense)"
 )
-FFN_OUTPUT = re.compile(r"(.*\.)?(down_proj|fc2|mlp\.c_proj|wo|dense_4h_to_h|lin2|(?<!attention\.)output\.dense)")
+FFN_OUTPUT = re.compile(
+    r"(.*\.)?(down_proj|fc2|mlp\.c_proj|mlp\.fc_out|mlp\.Wo|wo|dense_4h_to_h|lin2|(?<!attention\.)output\.dense)"
+)
 FEED_FORWARD = re.compile(r".*(MLP|FeedForward|FFN|DenseAct|DenseGatedAct).*")  # by class name
 POSITIONS = re.compile(r"(.*\.)?(rotary_emb|wpe|embed_positions|position_embeddings)")
-HEAD = re.compile(r"(.*\.)?(lm_head|score|classifier|qa_outputs)(\..*)?")  # heads are trained, not adapted
+HEAD = re.compile(r"(.*\.)?(lm_head|cls|score|classifier|qa_outputs)(\..*)?")  # heads are trained, not adapted
 
 
 def sites(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,6 +44,14 @@ def sites(model: nn.Module) -> dict[str, nn.Module]:
     return dict(walk(model, ""))
 
 
+def at(model: nn.Module, path: str) -> nn.Module:
+    """The module, or the host around it, at a bare path. (T5's blocks have a `layer`, and so has a host: a step at a
+    time, the two are not mixed up as by get_submodule.)"""
+    for name in path.split(".") if path else ():
+        model = getattr(bare(model), name)
+    return model
+
+
 def bare(site: nn.Module) -> nn.Module:
     """The frozen module itself, without its host if it has one; while merged, the one with the adapters in it."""
     return site.layer if isinstance(site, Adapted) else site
@@ -49,7 +60,7 @@ def bare(site: nn.Module) -> nn.Module:
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Make `module` the one that stands at a bare path."""
     parent, _, name = path.rpartition(".")
-    setattr(bare(model.get_submodule(parent)), name, module)
+    setattr(bare(at(model, parent)), name, module)
 
 
 def _is_head(model: nn.Module, path: str, site: nn.Module) -> bool:
@@ -73,11 +84,11 @@ def _feed_forward(path: str, site: nn.Module, model: nn.Module) -> bool:
 
 
 def _attention_output(path: str, site: nn.Module, model: nn.Module) -> bool:
-    return is_linear(bare(site)) and ATTENTION_OUTPUT.fullmatch(path) is not None
+    return _linear(path, site, model) and ATTENTION_OUTPUT.fullmatch(path) is not None  # RoBERTa's head has an out_proj
 
 
 def _ffn_output(path: str, site: nn.Module, model: nn.Module) -> bool:
-    return is_linear(bare(site)) and FFN_OUTPUT.fullmatch(path) is not None
+    return _linear(path, site, model) and FFN_OUTPUT.fullmatch(path) is not None
 
 
 def _norm(path: str, site: nn.Module, model: nn.Module) -> bool:
@@ -129,7 +140,12 @@ GROUPS: dict[str, tuple[Callable[[str, nn.Module, nn.Module], bool], str]] = {
 
 
 def group(model: nn.Module, name: str) -> list[str]:
-    """The bare paths of a group of sites, in model order. Raises ValueError if the model has none."""
+    """The bare paths of a group of sites, in model order. Raises ValueError if the model has none.
+
+    "sublayer-output" must have both of its halves: else a model would be adapted by half without a word.
+    """
+    for half in ("attention-output", "ffn-output") if name == "sublayer-output" else ():
+        group(model, half)
     belongs, what = GROUPS[name]
     found = [path for path, site in sites(model).items() if belongs(path, site, model)]
     if not found:

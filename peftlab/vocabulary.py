@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .sites import bare, sites
+from .sites import at, bare, sites
 
 
 def ties(model: nn.Module, path: str) -> list[str]:
     """The bare paths of all modules that share the weight of the one at `path`, itself among them, in model order."""
-    weight = bare(model.get_submodule(path)).weight
+    weight = bare(at(model, path)).weight
     return [other for other, site in sites(model).items() if getattr(bare(site), "weight", None) is weight]
 
 

@@ -155,3 +155,14 @@ def test_what_changes_a_whole_module_is_neither_merged_nor_mixed():
 def test_an_unknown_group_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match="did you mean 'all-attention'"):
         pl.attach(build("llama"), pl.LoRA, targets="all-atention")
+
+
+def test_a_masked_language_models_head_is_no_site_for_biases():
+    """cls.predictions keeps a bias of its own that no layer of a known kind adds."""
+    import transformers as t
+
+    config = t.BertConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = t.BertForMaskedLM(config)
+    assert not [path for path in group(model, "all-biases") if path.startswith("cls")]
+    pl.attach(model, pl.BitFit)
+    assert not [path for path in pl.hosts(pl.attach(t.BertForMaskedLM(config), pl.LoRA)) if path.startswith("cls")]

@@ -409,8 +409,8 @@ def running_locally() -> Finding:
 @claim("one base serves many users, adapters are swapped on the fly", 1, 2, 3, topic="what the methods are")
 def swapping() -> Finding:
     return Finding(
-        "switching is exact: with an adapter off, the base gives the same bits as before (law tests, every method), and "
-        "rows of one batch can have different adapters if these sit on layers. Its speed for thousands: lesson on serving",
+        "switching is exact: with an adapter off, the base gives the same bits as before (law tests, every method); "
+        "rows of one batch can have different adapters if these sit on layers. Speed with thousands: lesson on serving",
         "holds",
     )
 
@@ -622,8 +622,8 @@ def no_latency() -> Finding:
     assert lora.prefill > 1 and bool(lora.mergeable)
     return Finding(
         f"measured on our base, r = 8 on all linear layers, not merged: a forward pass takes {lora.prefill:.2f} times "
-        f"the base's time, a generated token {lora.decode:.2f} times. Our layers are small, so the products beside them "
-        "weigh much. On large models, and merged: lesson on serving",
+        f"the base's time, a generated token {lora.decode:.2f} times. Our layers are small, so the products beside "
+        "them weigh much. On large models, and merged: lesson on serving",
         "holds if it is merged, and then nothing can be swapped",
     )
 

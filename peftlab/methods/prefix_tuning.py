@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..core import Adapter
 from ..layers import device_of
 from ..prefix import PositionShift, PrefixedCache, PrefixMLP, kv_shape, see_prefix
-from ..sites import group
+from ..sites import at, bare, group
 
 
 class PrefixTuning(Adapter):
@@ -48,6 +48,8 @@ class PrefixTuning(Adapter):
         context = getattr(config, "max_position_embeddings", None)
         if context and k >= context:
             raise ValueError(f"a prefix of k={k} leaves no room in a context of {context} tokens; take a smaller k")
+        for path in paths:  # first of all: a model whose attention takes no prefix may have no known positions either
+            kv_shape(bare(at(model, path)))
         return {p: (PositionShift, {"k": k}) for p in group(model, "positions")} | {p: (cls, hyper) for p in paths}
 
     @classmethod

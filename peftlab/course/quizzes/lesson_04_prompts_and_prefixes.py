@@ -90,7 +90,7 @@ QUESTIONS = (
                 "They do lose more on small models, but a rate that was tuned for another method shows nothing.",
             ),
         ),
-        "Lester et al. 2021, arXiv:2104.08691, sections 3.1 and 3.2",
+        "Lester et al. 2021, arXiv:2104.08691, sections 3 and 3.2",
     ),
     Question(
         "Twenty prompt vectors, and a context of 512 positions. What do they cost when the model is used?",
