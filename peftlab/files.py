@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .attach import _defaults, adapters, attach_plan, detach, find_targets, hosts, patterned, switch_of
 from .core import METHODS, Adapter
-from .formats import LAYOUTS
+from .formats import LAYOUTS, Plan
 from .paths import atomic_files
 from .sites import at, sites
 
@@ -261,9 +261,9 @@ def load_adapter(
 ) -> nn.Module:
     """Attach the adapter saved in `folder` (by us or by HF PEFT) under `name`, and make it the active one.
 
-    If an adapter of that name and shape is attached already, its values are replaced in place: a compiled model is not
-    compiled again. Raises FileNotFoundError or ValueError (damaged file, other model, other base, unknown variant) with
-    the model as it was before. Returns the model.
+    If an adapter of that name, method and hyper-parameters is attached already, its values are replaced in place: a
+    compiled model is not compiled again, and what is active stays so. Raises FileNotFoundError or ValueError (damaged
+    file, other model, other base, unknown variant) with the model as it was before. Returns the model.
     """
     folder = Path(folder)
     config, tensors, metadata = _read(folder)
@@ -274,7 +274,9 @@ def load_adapter(
     swap = name in adapters(model)
     before = (switch_of(model).active, switch_of(model).rows) if hosts(model) else None
     trainable = None if hosts(model) else [p for p in model.parameters() if p.requires_grad]
-    if not swap:
+    if swap:
+        _check_swap(adapters(model)[name], plan, folder, name)
+    else:
         attach_plan(model, name, plan)
     try:
         _fill(adapters(model)[name], weights, folder, name)
@@ -287,6 +289,20 @@ def load_adapter(
                 parameter.requires_grad_(True)
         raise
     return model
+
+
+def _check_swap(attached: Mapping[str, Adapter], plan: Plan, folder: Path, name: str) -> None:
+    """ValueError if values alone do not make the attached adapter the saved one: another method, alpha or token."""
+    for path, (method, hyper) in plan.items():
+        there = attached.get(path)  # None: `_fill` says so
+        if there is not None and type(there) is not method:
+            raise ValueError(f"adapter {name!r} is {type(there).__name__} on {path!r} and {method.__name__} in "
+                             f"{folder}; detach it first")  # fmt: skip
+        for key, value in hyper.items() if there is not None else ():
+            value = tuple(value) if isinstance(value, list) else value
+            if there.hyper[key] != value and key != "dropout":  # that is for training alone
+                raise ValueError(f"adapter {name!r} has {key}={there.hyper[key]!r} on {path!r}, and {value!r} in "
+                                 f"{folder}; detach it first")  # fmt: skip
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from .layers import is_conv1d, shape_of
-from .sites import bare, group, sites
+from .sites import at, bare, group, sites
 from .vocabulary import ties
 
 if TYPE_CHECKING:
@@ -53,8 +53,18 @@ def _refuse_others(model: nn.Module, tensors: Mapping[str, Tensor], known: set[s
         raise ValueError(f"{odd[0]!r} belongs to no module of this model")
 
 
+def _refuse_first(model: nn.Module) -> None:
+    """ValueError for classifiers that read position 0 behind the decoder (RoBERTa): with HF PEFT that is the prompt."""
+    if type(model).__name__.endswith("ForSequenceClassification") and hasattr(model, "classifier"):
+        body = bare(at(model, group(model, "decoder")[0]))
+        if getattr(body, "pooler", None) is None:
+            raise ValueError("its head reads the first position, which is the text's first token here and the prompt's "
+                             "first vector in HF PEFT, so a prompt means another thing there; PrefixTuning does not")
+
+
 def _prompt_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The vectors before the tokens, whatever made them; of P-tuning's network the file keeps only what it wrote."""
+    _refuse_first(model)
     ((_, adapter),) = found.items()
     tensors: dict[str, Tensor] = {theirs: getattr(adapter, ours) for ours, theirs in adapter.hf_params.items()}
     if adapter.hf_type == "P_TUNING":
@@ -67,6 +77,7 @@ def _prompt_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[
 
 def _prompt_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):
     """HF PEFT's prompts for an encoder–decoder have 2·k rows, of which its forward pass uses the first k."""
+    _refuse_first(model)
     _refuse_others(model, tensors, set(method.hf_params.values()))
     prompts, k = tensors["prompt_embeddings"], config["num_virtual_tokens"]
     twice = len(prompts) == 2 * k and config.get("num_transformer_submodules") == 2

@@ -45,8 +45,8 @@ def sites(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def at(model: nn.Module, path: str) -> nn.Module:
-    """The module, or the host around it, at a bare path. (T5's blocks have a `layer`, and so has a host: a step at a
-    time, the two are not mixed up as by get_submodule.)"""
+    """The module, or the host around it, at a bare path. get_submodule would take a host's `layer` for that of T5's
+    blocks and BERT's encoder."""
     for name in path.split(".") if path else ():
         model = getattr(bare(model), name)
     return model

@@ -60,7 +60,7 @@ def mam(
     return union(model, parts, (prefix, parallel))
 
 
-QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q", "v", "c_attn")  # as the families name them
+QUERY_VALUE = ("q_proj", "v_proj", "query", "value", "q", "v", "c_attn", "query_key_value")  # as the families name them
 
 
 def unipelt(

@@ -56,7 +56,8 @@ def build(family: str, seed: int = 0, **more):
             t.T5Config(vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
                        decoder_start_token_id=0, pad_token_id=0, **more))
     else:
-        raise ValueError(family)
+        assert not more, "only for the families above"
+        return build_other(family, seed)
     return model.eval()
 
 
@@ -82,3 +83,54 @@ def shake(module: torch.nn.Module, scale: float = 0.1, seed: int = 1) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=draw).to(parameter))
+
+
+def build_other(family: str, seed: int = 0):
+    """A tiny model of a family on which not every method is promised to work: it works, or is refused by name."""
+    import transformers as t
+
+    bert_like = dict(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_labels=3,
+                     num_attention_heads=4, max_position_embeddings=64, initializer_range=0.2,
+                     pad_token_id=0)  # fmt: skip
+    llama_like = dict(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0, bos_token_id=1,
+        eos_token_id=1,
+    )  # fmt: skip
+    gemma_like = dict(head_dim=8, **llama_like)
+    configs = {
+        "bloom": lambda: t.BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=4, pad_token_id=0,
+                                       initializer_range=0.2),
+        "cohere": lambda: t.CohereConfig(**llama_like),
+        "deepseek": lambda: t.DeepseekV3Config(
+            **{**llama_like, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4, n_group=1,
+            num_experts_per_tok=2, topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4, v_head_dim=8,
+            qk_nope_head_dim=8, first_k_dense_replace=1),
+        "distilbert": lambda: t.DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=64,
+                                                 num_labels=3, max_position_embeddings=64, pad_token_id=0),
+        "electra": lambda: t.ElectraConfig(embedding_size=16, **bert_like),
+        "gemma": lambda: t.GemmaConfig(**gemma_like),
+        "gemma2": lambda: t.Gemma2Config(query_pre_attn_scalar=8, **gemma_like),
+        "gemma3": lambda: t.Gemma3TextConfig(query_pre_attn_scalar=8, **gemma_like),
+        "gptj": lambda: t.GPTJConfig(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=64,
+                                     rotary_dim=4, pad_token_id=0, bos_token_id=1, eos_token_id=1),
+        "gpt_neox": lambda: t.GPTNeoXConfig(**{n: v for n, v in llama_like.items() if n != "num_key_value_heads"}),
+        "granite": lambda: t.GraniteConfig(**llama_like),
+        "mixtral": lambda: t.MixtralConfig(num_local_experts=4, **llama_like),
+        "modernbert": lambda: t.ModernBertConfig(cls_token_id=1, sep_token_id=1, bos_token_id=1, eos_token_id=1,
+                                                 **bert_like),
+        "mpt": lambda: t.MptConfig(vocab_size=VOCABULARY, d_model=WIDTH, n_layers=2, n_heads=4, max_seq_len=64,
+                                   initializer_range=0.2),
+        "olmo2": lambda: t.Olmo2Config(**llama_like),
+        "phi": lambda: t.PhiConfig(**llama_like),
+        "qwen2_moe": lambda: t.Qwen2MoeConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                                              shared_expert_intermediate_size=32, **llama_like),
+        "roberta": lambda: t.RobertaConfig(**bert_like),
+        "smollm3": lambda: t.SmolLM3Config(**llama_like),
+        "stablelm": lambda: t.StableLmConfig(**llama_like),
+        "starcoder2": lambda: t.Starcoder2Config(**llama_like),
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    labelled = family in ("distilbert", "electra", "modernbert", "roberta")
+    auto = t.AutoModelForSequenceClassification if labelled else t.AutoModelForCausalLM
+    return auto.from_config(configs[family]()).eval()

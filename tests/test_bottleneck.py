@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from families import FAMILIES, build, inputs, shake
+from families import FAMILIES, build, build_other, inputs, shake
 from torch import nn
 
 import peftlab as pl
@@ -436,3 +436,20 @@ def test_an_adapter_in_use_by_a_fusion_cannot_be_detached():
     pl.detach(model, "a", "both")
     assert set(pl.adapters(model)) == {"b"}
     pl.detach(fused())
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_a_parallel_adapter_on_a_net_that_is_given_the_residual_too(family):
+    model = build_other(family)
+    batch = inputs("llama")
+    with torch.no_grad():
+        bare = model(**batch).logits
+        pl.attach(model, pl.ParallelAdapter, name="p")
+        assert torch.equal(model(**batch).logits, bare)
+        for adapter in pl.adapters(model)["p"].values():
+            shake(adapter, 0.1)
+        adapted = model(**batch).logits
+        assert (adapted - bare).abs().max() > 1e-3
+        with pl.using(model, rows=["p", None, "p"]):
+            mixed = model(**batch).logits
+    torch.testing.assert_close(mixed, torch.stack([adapted[0], bare[1], adapted[2]]), rtol=1e-5, atol=1e-5)

@@ -212,3 +212,31 @@ def test_a_saved_pattern_is_one_that_the_reference_understands(tmp_path):
     pl.save_adapter(model, tmp_path)
     config = peft.PeftConfig.from_pretrained(tmp_path)
     assert set(config.rank_pattern.values()) == {2} and len(config.rank_pattern) == 2 and config.r == 4
+
+
+@pytest.mark.parametrize("there, method, hyper, words", [
+    ("LoRA", "LoRA", dict(alpha=32), "alpha=16 on .*q_proj.*, and 32 in"),
+    ("LoRA", "LoRA", dict(rslora=True), "rslora=False"),
+    ("Houlsby", "Pfeiffer", {}, "is Houlsby on .*q_proj.* and Pfeiffer in"),
+    ("Houlsby", "Houlsby", dict(activation="tanh"), "activation='gelu'"),
+])  # fmt: skip
+def test_a_swap_in_place_that_would_be_another_adapter_is_refused(there, method, hyper, words, tmp_path):
+    """The values alone fit, but with another alpha, activation or method they would compute something else."""
+    size = dict(r=4) if there == "LoRA" else dict(bottleneck=4)
+    pl.save_adapter(pl.attach(build("llama"), method, "q_proj", name="a", **size, **hyper), tmp_path, "a")
+    model = pl.attach(build("llama"), there, "q_proj", name="a", **size)
+    for host in pl.hosts(model).values():
+        shake(host.adapters)
+    before = logits(model)
+    with pytest.raises(ValueError, match=f"{words}.*detach it first"):
+        pl.load_adapter(model, tmp_path, name="a")
+    assert torch.equal(logits(model), before)
+
+
+def test_a_swap_in_place_minds_the_tokens_and_does_not_mind_dropout(tmp_path):
+    pl.save_adapter(pl.attach(build("llama"), pl.TrainableTokens, name="a", tokens=[5, 6]), tmp_path / "t", "a")
+    model = pl.attach(build("llama"), pl.TrainableTokens, name="a", tokens=[7, 8])
+    with pytest.raises(ValueError, match=r"tokens=\(7, 8\).*\(5, 6\)"):
+        pl.load_adapter(model, tmp_path / "t", name="a")
+    pl.save_adapter(pl.attach(build("llama"), pl.LoRA, "q_proj", name="a", dropout=0.1), tmp_path / "d", "a")
+    pl.load_adapter(pl.attach(build("llama"), pl.LoRA, "q_proj", name="a"), tmp_path / "d", name="a")

@@ -7,12 +7,12 @@ import copy
 import peft
 import pytest
 import torch
-from families import build, inputs, labels, shake
+from families import build, build_other, inputs, labels, shake
 
 import peftlab as pl
-from peftlab.prefix import PrefixMLP
+from peftlab.prefix import PrefixMLP, shift_bias
 
-CAUSAL = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "opt")
+CAUSAL = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "opt", "bloom", "gpt_neox")
 FAMILIES = (*CAUSAL, "bert")
 TASKS = {"bert": "SEQ_CLS"}
 CLOSE = dict(rtol=0, atol=1e-5)
@@ -212,7 +212,7 @@ def test_eager_and_sdpa_attention_agree(family):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("hyper", [{}, dict(projection=True)], ids=["plain", "mlp"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
 def test_gradient_checkpointing_keeps_the_prefix(family, hyper, reentrant):
     """The layers then get no cache: where the prefix is given as one, as in the reference, it is lost or refused."""
     batch, grads = padded(family), []
@@ -233,7 +233,7 @@ def test_gradient_checkpointing_keeps_the_prefix(family, hyper, reentrant):
 
 
 @pytest.mark.parametrize("hyper", [{}, dict(projection=True)], ids=["plain", "mlp"])
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom"])
 def test_compiled_without_a_break(family, hyper):
     model = ours(family, **hyper)
     want = logits(model, **inputs(family))
@@ -252,18 +252,33 @@ def test_on_a_bfloat16_base_the_prefix_stays_float32_and_agrees_with_the_referen
     assert torch.equal(generated(model, ids), generated(model, ids, use_cache=False))
 
 
-def test_two_prefixes_stand_one_behind_the_other():
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_two_prefixes_stand_one_behind_the_other(family):
     """Both run together: the later one in front, and the text begins behind both."""
-    model = ours("llama")
+    model = ours(family)
     pl.attach(model, pl.PrefixTuning, name="b", k=3)
     pl.activate(model, "a", "b")
-    long = pl.attach(build("llama"), pl.PrefixTuning, k=K + 3)
+    long = pl.attach(build(family), pl.PrefixTuning, k=K + 3)
     with torch.no_grad():
         for joint, a, b in zip(prefixes(long, "default"), prefixes(model), prefixes(model, "b"), strict=True):
             joint.P_k.copy_(torch.cat([a.P_k, b.P_k]))
             joint.P_v.copy_(torch.cat([a.P_v, b.P_v]))
-    for batch in (inputs("llama"), padded("llama")):
+    for batch in (inputs(family), padded(family)):
         torch.testing.assert_close(logits(model, **batch), logits(long, **batch), **CLOSE)
+
+
+def test_positions_that_are_a_bias_move_behind_the_prefix():
+    """BLOOM: slope of the head times position, also behind padding; a prefix of 3 and one of 2 are one of 5."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    for heads in (4, 6):  # 6: slopes of two kinds
+        alibi = build_alibi_tensor(mask, heads, torch.float32)
+        want = build_alibi_tensor(torch.cat([mask.new_ones(2, 5), mask], 1), heads, torch.float32)
+        real = torch.cat([mask.new_ones(2, 5), mask], 1).bool().repeat_interleave(heads, 0)[:, None]
+        for got in (shift_bias(alibi, heads, 5), shift_bias(shift_bias(alibi, heads, 2), heads, 3)):
+            assert got.shape == want.shape
+            torch.testing.assert_close(got[real], want[real])
 
 
 def test_prefix_attention_is_a_mixture_of_two_attentions():
@@ -394,3 +409,68 @@ def test_llama_adapter_refuses_what_it_cannot_sit_on(family, hyper, words):
     with pytest.raises(ValueError, match=words):
         pl.attach(model, pl.LlamaAdapter, **hyper)
     assert unchanged(model, before)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma3", "granite", "mixtral", "qwen2_moe", "starcoder2"])
+def test_llama_adapter_asks_with_the_queries_of_the_frozen_attention(family, monkeypatch):
+    """Those that the attention itself hands to scaled_dot_product_attention, whatever it normalised and rotated."""
+    model = build_other(family)
+    model.set_attn_implementation("sdpa")
+    pl.attach(model, pl.LlamaAdapter, k=4, layers=1)
+    ((_, adapter),) = pl.adapters(model)["default"].items()
+    shake(adapter, 0.5)
+    queries, answers = [], []
+    attend, prompted = torch.nn.functional.scaled_dot_product_attention, adapter.prompted
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda q, *a, **k: queries.append(q) or attend(q, *a, **k))  # fmt: skip
+    monkeypatch.setattr(adapter, "prompted", lambda *a: answers.append(prompted(*a)) or answers[-1])
+    with torch.no_grad():
+        model(**inputs("llama"))
+        layer, P = adapter.layer, adapter.adaption_prompt
+        K_p = adapter.heads(layer.k_proj(P), "k_norm").repeat_interleave(layer.num_key_value_groups, 1)
+        V_p = adapter.heads(layer.v_proj(P)).repeat_interleave(layer.num_key_value_groups, 1)
+        seen = torch.softmax(queries[-1] @ K_p.mT * layer.scaling, -1) @ V_p
+        want = torch.nn.functional.linear(adapter.adaption_gate * seen.transpose(1, 2).flatten(2), layer.o_proj.weight)
+    assert want.abs().max() > 1e-2
+    torch.testing.assert_close(answers[-1], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["cohere", "gemma2", "olmo2", "smollm3", "stablelm"])
+def test_llama_adapter_refuses_attention_that_is_computed_otherwise(family):
+    """Cohere and SmolLM3 rotate otherwise and Gemma 2 caps the scores, unseen; OLMo-2 and StableLM would break."""
+    model = build_other(family)
+    with pytest.raises(ValueError, match="is not attention as in Llama"):
+        pl.attach(model, pl.LlamaAdapter)
+    assert not pl.hosts(model)
+
+
+@pytest.mark.parametrize("inside, hyper", [("BitFit", {}), ("Houlsby", dict(bottleneck=4))])
+def test_a_bias_trained_on_the_output_projection_counts_once(inside, hyper):
+    """Untrained (g = 0), LLaMA-Adapter leaves the output as it is, whatever sits on o_proj."""
+    model = pl.attach(build("llama"), inside, "o_proj", name="inside", **hyper)
+    for adapter in pl.adapters(model)["inside"].values():
+        shake(adapter, 0.2)
+    with torch.no_grad():
+        want = model(**inputs("llama")).logits
+        pl.attach(model, pl.LlamaAdapter, name="llama", k=4)
+        pl.activate(model, "inside", "llama")
+        torch.testing.assert_close(model(**inputs("llama")).logits, want, rtol=1e-5, atol=1e-5)
+        if inside == "BitFit":
+            for adapter in pl.adapters(model)["llama"].values():
+                shake(adapter, 0.5)
+            want = model(**inputs("llama")).logits
+            pl.merge(model, "inside")
+            torch.testing.assert_close(model(**inputs("llama")).logits, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family, words", [
+    ("gptj", "GPTJAttention takes no past_key_values"),
+    ("distilbert", "PromptTuning"),
+    ("mpt", "MptAttention adds a bias for each pair"),
+    ("deepseek", "different widths"),
+])  # fmt: skip
+def test_a_prefix_is_refused_at_once_where_attention_takes_none(family, words):
+    model = build_other(family)
+    with pytest.raises(ValueError, match=words) as error:
+        pl.attach(model, pl.PrefixTuning)
+    assert "PromptTuning" in str(error.value) and "positions" not in str(error.value) and not pl.hosts(model)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, WIDTH, build, inputs, shake
+from families import FAMILIES, VOCABULARY, WIDTH, build, build_other, inputs, shake
 
 import peftlab as pl
 
@@ -410,3 +410,16 @@ def test_the_papers_counts():
             model = t.T5ForConditionalGeneration(t.T5Config(d_model=d, num_layers=1, d_ff=8, d_kv=4, num_heads=1))
         pl.attach(model, method, k=k)
         assert pl.count(model).trainable == want
+
+
+def test_a_classifier_that_reads_the_first_position_has_no_common_file(tmp_path):
+    """RoBERTa's head reads position 0: the first token here, the prompt in the reference. So no file is written."""
+    model = pl.attach(build_other("roberta"), pl.PromptTuning, k=3)
+    batch = {"input_ids": torch.randint(2, 90, (2, 5), generator=torch.Generator().manual_seed(0))}
+    assert model(**batch).logits.shape == (2, 3)
+    with pytest.raises(ValueError, match="reads the first position"):
+        pl.save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    pl.save_adapter(pl.attach(build("bert"), pl.PromptTuning, k=3), tmp_path)
+    with pytest.raises(ValueError, match="reads the first position"):
+        pl.load_adapter(build_other("roberta"), tmp_path, check_base=False)

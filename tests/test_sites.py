@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
-from families import FAMILIES, build, inputs, shake
+from families import FAMILIES, WIDTH, build, build_other, inputs, shake
 from torch import nn
 
 import peftlab as pl
@@ -161,8 +162,101 @@ def test_a_masked_language_models_head_is_no_site_for_biases():
     """cls.predictions keeps a bias of its own that no layer of a known kind adds."""
     import transformers as t
 
-    config = t.BertConfig(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = t.BertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
     model = t.BertForMaskedLM(config)
     assert not [path for path in group(model, "all-biases") if path.startswith("cls")]
     pl.attach(model, pl.BitFit)
     assert not [path for path in pl.hosts(pl.attach(t.BertForMaskedLM(config), pl.LoRA)) if path.startswith("cls")]
+
+
+@pytest.mark.parametrize("family", ["bloom", "distilbert", "electra", "gptj", "modernbert", "mpt", "phi", "roberta"])
+def test_the_last_layers_of_sublayers_in_other_families(family):
+    """Two blocks, two sublayers each: none is missed without a word, and a classifier's out_proj is none of them."""
+    model = build_other(family)
+    found = group(model, "sublayer-output")
+    assert len(found) == 2 * BLOCKS and not any("classifier" in path for path in found)
+    assert all(shape_of(bare(sites(model)[path]))[0] == WIDTH for path in found)
+
+
+def test_a_model_of_which_only_half_of_the_sublayers_are_known_is_refused():
+    """Mixtral's experts are one tensor, no layers: Houlsby behind the attention alone would be another method."""
+    model = build_other("mixtral")
+    with pytest.raises(ValueError, match="feed-forward network's last"):
+        pl.attach(model, pl.Houlsby, reduction=4)
+    assert not pl.hosts(model)
+    assert len(pl.hosts(pl.attach(model, pl.Houlsby, "attention-output", reduction=4))) == BLOCKS
+
+
+def test_bloom_has_its_groups_and_positions_that_are_no_module():
+    """Its attention's last layer is just called dense, and ALiBi is a bias that each attention is given."""
+    model = build_other("bloom")
+    attention, mlp = (".self_attention", ".mlp")
+    blocks = [f"transformer.h.{i}" for i in range(BLOCKS)]
+    assert group(model, "all-attention") == [b + attention for b in blocks]
+    assert group(model, "all-mlp") == [b + mlp for b in blocks]
+    assert group(model, "attention-output") == [b + attention + ".dense" for b in blocks]
+    assert group(model, "ffn-output") == [b + mlp + ".dense_4h_to_h" for b in blocks]
+    assert len(group(model, "all-norms")) == 2 * BLOCKS + 2 and len(group(model, "all-biases")) == 6 * BLOCKS + 2
+    assert group(model, "decoder") == ["transformer"] and group(model, "embeddings") == ["transformer.word_embeddings"]
+    with pytest.raises(ValueError, match="positions"):
+        group(model, "positions")
+
+
+@pytest.mark.parametrize("method", [
+    "Houlsby", "Pfeiffer", "ParallelAdapter", "Compacter", "IA3", "PromptTuning", "PTuning", "PrefixTuning", "BitFit",
+    "LNTuning", "LoRA", "mam", "unipelt",
+])  # fmt: skip
+def test_methods_learn_on_bloom_with_no_targets_named(method):
+    torch.manual_seed(0)
+    model, batch = build_other("bloom"), inputs("bloom")
+    if method in ("mam", "unipelt"):
+        getattr(pl, method)(model)
+    else:
+        pl.attach(model, method, **({"bottleneck": 4} if method == "Compacter" else {}))
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.Adam(learning, 1e-2), []
+    for _ in range(8):
+        losses.append(model(**batch, labels=batch["input_ids"]).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_ia3_sits_on_bloom_where_the_references_default_does(tmp_path):
+    theirs = peft.get_peft_model(build_other("bloom"), peft.IA3Config(task_type="CAUSAL_LM", init_ia3_weights=False))
+    theirs.save_pretrained(tmp_path)
+    model = pl.load_adapter(build_other("bloom"), tmp_path, "theirs")
+    torch.testing.assert_close(logits(model), logits(theirs.eval()), rtol=0, atol=1e-5)
+    assert (logits(model) - logits(build_other("bloom"))).abs().max() > 0.1
+    found = pl.adapters(pl.attach(build_other("bloom"), pl.IA3))["default"]
+    assert {p: a.hyper for p, a in found.items()} == {p: a.hyper for p, a in pl.adapters(model)["theirs"].items()}
+
+
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_a_host_around_a_module_that_has_a_layer_itself(outer_first, tmp_path):
+    """T5's blocks keep their sublayers under `layer`, the name under which a host keeps what it is around."""
+    model, base = build("t5"), build("t5")
+    steps = [lambda: pl.attach(model, Louder, r"encoder\.block\.\d", name="loud"),
+             lambda: pl.attach(model, pl.LoRA, "q|wi", name="low")]  # fmt: skip
+    for step in steps if outer_first else steps[::-1]:
+        step()
+    assert set(sites(model)) == set(sites(base))
+    for adapter in pl.adapters(model)["low"].values():
+        shake(adapter, 0.05)
+    pl.save_adapter(model, tmp_path, "low")
+    alone = pl.load_adapter(build("t5"), tmp_path, "low")
+    with pl.using(model, "low"):
+        assert torch.equal(logits(model, "t5"), logits(alone, "t5"))
+    pl.detach(model)
+    assert [n for n, _ in model.named_modules()] == [n for n, _ in base.named_modules()]
+
+
+def test_a_layer_too_thin_for_the_rank_is_named_with_the_cure():
+    """Qwen2-MoE's gate of the shared expert gives out one number."""
+    with pytest.raises(ValueError, match=r"shared_expert_gate.*take a smaller r.*rank_pattern"):
+        pl.attach(build_other("qwen2_moe"), pl.LoRA)
+    model = pl.attach(build_other("qwen2_moe"), pl.LoRA, rank_pattern={"shared_expert_gate": 1})
+    logits(model)

@@ -283,3 +283,13 @@ def test_the_unions_of_adapterhubs_table_but_for_their_prefix_network():
     whole = {n: c for n, c in parts.items() if n != "unipelt_prefix"}
     assert sum(whole.values()) + network(10, 512) == 11_083_376
     assert 12 * pl.ParallelAdapter.size(768, 768, reduction=2) + network(30, 800) == 22_493_984
+
+
+def test_a_gated_prefix_needs_attention_that_takes_a_mask_of_numbers(monkeypatch):
+    model = build("llama")
+    unipelt(model, k=3, reduction=4)
+    monkeypatch.setattr(model.config, "_attn_implementation", "flash_attention_2")
+    (attention, *_) = [host for path, host in pl.hosts(model).items() if path.endswith("self_attn")]
+    x, turn = torch.randn(1, 4, 32), (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
+    with pytest.raises(ValueError, match="'flash_attention_2' does not take; load.*attn_implementation='sdpa'"):
+        attention(hidden_states=x, position_embeddings=turn, attention_mask=None)

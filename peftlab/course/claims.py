@@ -1,12 +1,14 @@
 """The claims audit: what five introductory texts on PEFT say, and what comes out when it is computed.
 
 A claim is a short quotation or paraphrase, the texts that make it, and a function that finds out: a sentence with our
-numbers and a verdict. Verdicts begin with "holds", "holds if", "wrong" or "later"; "later" has to be measured, and
-says in which lesson. Matters of opinion, fashion and price are not in the list.
+numbers, of which it asserts those that the verdict rests on, and the verdict. Verdicts begin with "holds", "holds if",
+"wrong" or "later"; "later" has to be measured, and says in which lesson. A word that is used in two senses is given the
+one in which the claim holds, as a condition. Matters of opinion, fashion and price are not in the list.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable
@@ -15,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..attach import attach, hosts, merge
+from ..attach import attach, hosts, merge, using
 from ..count import Count, count
 from ..methods.lora import LoRA
-from .ledger import GB, GIB, SHAPES, Ledger, Shape, compare, human
+from .ledger import GB, GIB, NF4, SHAPES, Ledger, Shape, compare, human
 
 TEXTS = {
     1: "PEFT (Parameter-Efficient Fine-Tuning), with a box on its relevance for the front end",
@@ -127,6 +129,52 @@ def _classic():
 
 
 @functools.cache
+def _after_some_sql() -> dict[str, float]:
+    """What a little training on SQL does to the course's base: LoRA, three steps; and full fine-tuning, one step."""
+    from ..base import load_base
+    from ..baselines import full_finetuning
+    from ..paths import DATA
+    from ..tasks import load
+    from ..train import train
+
+    sql = load("sql")["train"]
+    base, tokenizer = load_base(DATA / "base", device="cpu")  # this one, whatever PEFTLAB_BASE says: it is small
+    weights = {name: p.detach().clone() for name, p in base.named_parameters()}
+    ids = tokenizer("Question: who lives by the sea?\nAnswer:", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        before = base(ids).logits
+
+    model = attach(copy.deepcopy(base), LoRA, name="sql", r=8)
+    train(model, sql, tokenizer, steps=3, batch_size=4, progress=False)
+    matrices = [host.layer.weight.detach().clone() for host in hosts(model).values()]
+    with torch.inference_mode():
+        on = model(ids).logits
+        with using(model):
+            off = model(ids).logits
+        merging = (merge(model)(ids).logits - on).abs().max().item()
+    merged = [host.layer.weight for host in hosts(model).values()]
+
+    full_finetuning(base)
+    train(base, sql, tokenizer, steps=1, batch_size=4, progress=False)
+    return {
+        "off": (off != before).double().mean().item(),
+        "on": (on != before).double().mean().item(),
+        "merged": _moved(matrices, merged),
+        "merging": merging,
+        "entries": sum(w.numel() for w in matrices),
+        "matrices": len(matrices),
+        "full": _moved(weights.values(), base.parameters()),
+        "weights": sum(w.numel() for w in weights.values()),
+    }
+
+
+def _moved(before: Iterable[torch.Tensor], after: Iterable[torch.Tensor]) -> float:
+    """The part of all entries that are other numbers than before."""
+    pairs = list(zip(before, after, strict=True))
+    return sum(int((a != b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+
+
+@functools.cache
 def _step_ratio(variant: str) -> tuple[float, float, float]:
     """Quartiles of a step's time as a part of full fine-tuning's, on the course's base."""
     import json
@@ -166,13 +214,15 @@ def llama_printed() -> Finding:
 @claim("LoRA “reduces trainable parameters by 10,000x (from 70B to 10M)”", 5, topic="how many")
 def ten_thousand_times() -> Finding:
     gpt3 = 96 * 2 * LoRA.size(12288, 12288, r=4)  # 96 layers, q and v: Hu et al. 2021, arXiv:2106.09685, section 4.2
-    all_of_it, seventy = _count("gpt3-175b").total, _count(SEVENTY).total
-    assert 70e9 / 10e6 == 7000 and all_of_it / gpt3 < 10_000 and seventy / _lora(SEVENTY, 8) < 10_000
+    printed, ours = 350e9 / 35e6, _count("gpt3-175b").total / gpt3
+    seventy = {r: _count(SEVENTY).total / _lora(SEVENTY, r) for r in (3, 8)}
+    assert 70e9 / 10e6 == 7000 and printed == 10_000 > ours > seventy[8] and seventy[3] > 10_000
     return Finding(
-        f"from 70B to 10M is {70e9 / 10e6:,.0f} times. 10,000 is the LoRA paper's figure for GPT-3 175B "
-        f"with r = 4 on q and v, where we count {all_of_it / gpt3:,.0f} times. Llama 3 70B with r = 8 on "
-        f"q and v: {_lora(SEVENTY, 8):,} trained, {seventy / _lora(SEVENTY, 8):,.0f} times fewer",
-        "wrong; about true of GPT-3 with r = 4",
+        f"70B to 10M is {70e9 / 10e6:,.0f} times. 10,000 is said of GPT-3 in the LoRA paper: of parameters in its "
+        "abstract, of the file (350 GB to 35 MB, r = 4 on q and v) in section 4.2, where we count "
+        f"{ours:,.0f} times fewer parameters. Llama 3 70B, q and v: {seventy[8]:,.0f} times with r = 8, "
+        f"{seventy[3]:,.0f} with r = 3",
+        "wrong: the division; 10,000 times itself takes r = 3",
     )
 
 
@@ -267,11 +317,25 @@ def bitfit_lightest() -> Finding:
 def ninety_nine_percent_frozen() -> Finding:
     c, bits = _count(SEVEN, "LoRA", "all-linear", r=64), _count("gpt2", "BitFit")
     frozen = sum(row.parameters for row in c.rows if row.adapter is None and not row.trainable)
-    assert frozen == c.base
+    assert frozen == c.base and _percent(bits) < 1
     return Finding(
         f"LoRA freezes {100 * frozen / c.base:.0f} % of the original parameters; what it trains is new. "
         f"Of methods that train originals, BitFit leaves {100 - _percent(bits):.2f} % of GPT-2 frozen",
         "holds, and it is more",
+    )
+
+
+@claim("PEFT trains “added”, “new” parameters only: “Freeze and Add”", 1, 2, topic="how many")
+def only_new_ones() -> Finding:
+    rows = _count("gpt2").rows
+    biases = sum(row.parameters for row in rows if row.name == "bias")
+    norms = sum(row.parameters for row in rows if "ln_" in row.path)
+    trained = {method: _count("gpt2", method).trainable for method in ("BitFit", "LNTuning")}
+    assert trained == {"BitFit": biases, "LNTuning": norms}
+    return Finding(
+        f"BitFit, in text 2's own table, trains the {biases:,} biases that GPT-2 has, LN tuning the {norms:,} numbers "
+        "of its norms: neither needs anything new (we keep the change beside them, so that it can be switched off)",
+        "holds if methods that train a part of the model are left out",
     )
 
 
@@ -316,11 +380,15 @@ def lora_equation() -> Finding:
 @claim("the adapted or merged weight is “W + BA”", 3, 5, topic="what the methods are")
 def merging_without_scale() -> Finding:
     r, alpha = 8, 32  # the configuration that both texts show
-    assert LoRA(nn.Linear(64, 64), r=r, alpha=alpha).scaling == alpha / r == 4
+    adapter = LoRA(nn.Linear(64, 64), r=r, alpha=alpha)
+    A, B = torch.randn(r, 64, dtype=torch.double), torch.randn(64, r, dtype=torch.double)
+    assert adapter.scaling == alpha / r == 4
+    assert torch.equal(alpha / r * (B @ A), (alpha / r * B) @ A) and not torch.allclose(alpha / r * (B @ A), B @ A)
     return Finding(
-        f"the factor α/r is missing; in the configuration that both texts print, r = {r} and α = {alpha}, "
-        f"it is {alpha / r:.0f}",
-        "wrong: off by the factor α/r, unless it is 1",
+        "so it stands in the paper's equation 3; the factor α/r comes in the sentence after it, and in text 3 further "
+        f"down. In the configuration that both texts print, r = {r} and α = {alpha}, it is {alpha / r:.0f}: a file's "
+        "B and A, added as they are, give a quarter of the change",
+        "holds if α/r is folded into B",
     )
 
 
@@ -345,22 +413,32 @@ def where_lora_sits() -> Finding:
 
 @claim("the change “has a low intrinsic rank”; LoRA “approximates updates”", 4, 5, topic="what the methods are")
 def low_rank() -> Finding:
+    from .. import lab
+
+    found = lab.summary(lab.read("lora_rank"), by=["method", "rank"])["mean"]
+    by_rank = {int(rank): mean for (method, rank), mean in found.items() if method == "LoRA"}
+    full = found[("full", 0)]
+    assert list(by_rank.values()) == sorted(by_rank.values()) and max(by_rank.values()) < full
+    shown = ", ".join(f"{100 * mean:.0f} % with r = {rank}" for rank, mean in by_rank.items())
     return Finding(
-        "on our base, no singular value of the change by full fine-tuning is zero, and its tail is long; "
-        "a few directions stand out (measured in lesson 02)",
-        "holds if “low” is not taken by the word",
+        f"on our base, SQL, 250 steps: {shown}, {100 * full:.0f} % by full fine-tuning. Each rank helps, and none of "
+        "these is enough. In the spectrum of the full change a few directions stand out, and its tail is long "
+        "(lesson 02)",
+        "holds if “low” may mean more than 16, as here",
     )
 
 
-@claim("adapters are inserted “between” transformer layers", 2, 3, 4, topic="what the methods are")
+@claim("adapters are inserted “between” transformer or model layers", 2, 3, 4, topic="what the methods are")
 def adapters_between_layers() -> Finding:
     c = _count("gpt2", "Houlsby", bottleneck=64)
-    places = {row.path.split(".", 3)[3] for row in c.rows if row.adapter}
-    assert places == {"attn.c_proj", "mlp.c_proj"}
+    hosting = {row.path for row in c.rows if row.adapter}
+    places = sorted({path.split(".", 3)[3] for path in hosting})
+    assert places == ["attn.c_proj", "mlp.c_proj"] and len(hosting) == 2 * 12
     return Finding(
-        "inside each layer, after both sublayers (Houlsby et al. 2019, figure 2): in GPT-2 behind "
-        f"{' and '.join(sorted(places))} of each of 12 layers",
-        "wrong: inside, not between",
+        "Houlsby et al. (2019) say “between layers” too; their figure 2 shows two in each transformer layer, one after "
+        f"each sublayer. In GPT-2 that is {len(hosting)}, behind {' and '.join(places)} of 12 layers; between whole "
+        "transformer layers there is room for 11",
+        "holds if “layer” means a sublayer",
     )
 
 
@@ -371,13 +449,14 @@ def adapters_between_layers() -> Finding:
     topic="what the methods are",
 )
 def prefix_place() -> Finding:
-    c, config = _count("llama-3.2-1b", "PrefixTuning", k=20), {"layers": 16, "d": 2048, "d_kv": 512}
-    keys_values, hidden = (config["layers"] * 20 * n for n in (2 * config["d_kv"], config["d"]))
+    k, layers, d, d_kv = 20, 16, 2048, 512  # Llama 3.2 1B
+    c = _count("llama-3.2-1b", "PrefixTuning", k=k)
+    keys_values, hidden = layers * k * 2 * d_kv, layers * k * d
     assert c.trainable == keys_values != hidden
     return Finding(
-        f"to the keys and the values of each attention: 2·L·k·d_kv = {keys_values:,} in Llama 3.2 1B with "
-        f"k = 20; vectors before the hidden states would be L·k·d = {hidden:,}",
-        "wrong in the detail: keys and values, as text 4 says",
+        f"before the keys and the values of each attention: 2·L·k·d_kv = {keys_values:,} in Llama 3.2 1B with "
+        f"k = {k}, and text 4 says so; vectors before what enters a layer would be L·k·d = {hidden:,}",
+        "holds if a position's keys and values are meant",
     )
 
 
@@ -399,18 +478,21 @@ def running_locally() -> Finding:
     ways = compare(LEDGER_7B, targets=QV)
     assert c.total > base.total and ways["QLoRA r=8"].weights < 0.4 * ways["full"].weights
     return Finding(
-        f"to run a model, an adapter adds to it: {c.total:,} parameters instead of {base.total:,}. It is "
-        f"the 4-bit weights that shrink it, from {human(ways['full'].weights)} to "
-        f"{human(ways['QLoRA r=8'].weights)}",
-        "wrong: quantisation does; PEFT saves in training",
+        "the text names quantised models and adapters in one breath. It is the 4-bit weights that shrink a 7B model, "
+        f"from {human(ways['full'].weights)} to {human(ways['QLoRA r=8'].weights)}; an adapter adds to it, "
+        f"{c.total:,} parameters instead of {base.total:,}",
+        "holds if the quantised base is meant; an adapter alone only adds",
     )
 
 
 @claim("one base serves many users, adapters are swapped on the fly", 1, 2, 3, topic="what the methods are")
 def swapping() -> Finding:
+    found = _after_some_sql()
+    assert found["off"] == 0 and found["on"] > 0.99
     return Finding(
-        "switching is exact: with an adapter off, the base gives the same bits as before (law tests, every method); "
-        "rows of one batch can have different adapters if these sit on layers. Speed with thousands: lesson on serving",
+        f"on our base, LoRA after three steps on SQL: with it on, {100 * found['on']:.0f} % of the outputs to another "
+        f"question are other numbers; switched off again, {100 * found['off']:.0f} %: the same bits as before (a law "
+        "test says so of every method). Speed with thousands of adapters: lesson on serving",
         "holds",
     )
 
@@ -515,8 +597,12 @@ def hundreds_of_gigabytes() -> Finding:
 
 @claim("full fine-tuning at this scale is “mathematically impossible” for most", 2, topic="memory")
 def impossible() -> Finding:
+    needs = {name: 16 * _count(name).total for name in (SEVENTY, "gpt3-175b")}
+    cards = {name: math.ceil(need / (80 * GIB)) for name, need in needs.items()}
+    assert all(10 < n < 50 for n in cards.values())
     return Finding(
-        "nothing in the mathematics forbids it; it takes the memory of the row above",
+        "nothing in the mathematics forbids it; it takes, with Adam in mixed precision and without activations, "
+        + "; ".join(f"{human(needs[name])} or {n} cards of 80 GiB for {name}" for name, n in cards.items()),
         "wrong: only expensive",
     )
 
@@ -581,26 +667,44 @@ def qlora_65b() -> Finding:
 
 @claim("QLoRA: the base frozen in 4-bit NF4, adapters in FP16 or BF16", 5, topic="memory")
 def qlora_formats() -> Finding:
+    stored = _count("llama-2-70b", "LoRA", "all-linear", r=64)
+    sixteen, thirty_two = (stored.file_bytes(dtype) for dtype in ("bfloat16", "float32"))
+    assert thirty_two > 1.99 * sixteen and 0.5 < NF4 < 0.52
     return Finding(
-        "the paper computes in bfloat16 (Dettmers et al. 2023, arXiv:2305.14314, section 3); adapters "
-        "are often kept in float32, as here. What that changes: lesson on QLoRA",
-        "later: lesson on QLoRA",
+        "so says the paper (Dettmers et al. 2023, arXiv:2305.14314, section 3): NF4 is the type of storage, bfloat16 "
+        f"that of computation and of the adapters. With the scales, a weight takes {8 * NF4:.2f} bits. Others, as we, "
+        f"keep adapters in float32: at 70B and r = 64 that is {human(thirty_two)} instead of {human(sixteen)}",
+        "holds, and in the paper it is BF16",
     )
 
 
 # ---------------------------------------------------------------------------------------------------------------- time
 
 
-@claim("PEFT makes training faster: “hours instead of days”", 3, 4, topic="time")
-def hours_not_days() -> Finding:
-    (_, all_linear, _), (_, qv, _) = _step_ratio("ours, all linears"), _step_ratio("ours, q,v")
-    _, floor, _ = _step_ratio("floor")
-    assert floor > 0.6
+@claim("PEFT makes fine-tuning “faster”", 4, topic="time")
+def faster() -> Finding:
+    (_, all_linear, most), (_, qv, _) = _step_ratio("ours, all linears"), _step_ratio("ours, q,v")
+    (_, peft_all, _), (_, peft_qv, _) = _step_ratio("peft, all linears"), _step_ratio("peft, q,v")
+    gpt3 = 32.5 / 43.1  # tokens a second on each V100, full and LoRA: Hu et al. 2021, arXiv:2106.09685, section 4.2
+    assert qv < all_linear < most < 1 and round(100 * (1 - gpt3)) == 25
     return Finding(
-        f"measured on our base, a step takes {all_linear:.2f} of full fine-tuning's time with LoRA on all "
-        f"linear layers, {qv:.2f} on q and v, and no method that passes the gradient through all layers "
-        f"can do better than {floor:.2f}",
-        "wrong by itself; only by needing fewer cards",
+        f"a step's time, as a part of full fine-tuning's: {qv:.2f} on our base with LoRA on q and v, {all_linear:.2f} "
+        f"on all linear layers; {gpt3:.2f} as the LoRA paper reports it of GPT-3, the “25 %” of its section 4.2. On so "
+        f"small a model each product more is felt: the reference library's steps take {peft_qv:.2f} and {peft_all:.2f}",
+        "holds, by a tenth to a quarter",
+    )
+
+
+@claim("PEFT takes “hours instead of days”", 3, topic="time")
+def hours_not_days() -> Finding:
+    _, floor, _ = _step_ratio("floor")
+    limit = 2 / 3  # products of a step: output, gradient of the input, gradient of the weight; the last is saved
+    assert min(floor, limit, 32.5 / 43.1) > 24 / 48  # the third is GPT-3's: see `faster`
+    return Finding(
+        "two days in less than one are less than half of the time. Of a layer's three products in a step one is saved, "
+        f"the gradient of the weight: {limit:.2f} of the multiplications are left, and {floor:.2f} of the time on our "
+        "base, measured without any adapter. LoRA's own paper reports 25 % for GPT-3",
+        "holds if full fine-tuning does not fit the cards at hand; faster steps alone do not do it",
     )
 
 
@@ -657,6 +761,7 @@ def comparable_quality() -> Finding:
     found = lab.summary(lab.read("lora_rank"), by=["method", "rank"])
     names = [f"{method} r = {rank}" if rank else method for method, rank in found.index]
     lines = [f"{name} {100 * mean:.0f} %" for name, mean in zip(names, found["mean"], strict=True)]
+    assert found["mean"].idxmax()[0] == "full"
     classic = _classic()
     tasks = [
         task
@@ -680,6 +785,8 @@ def stability() -> Finding:
 
     runs = lab.read("classic")
     first = runs[(runs.task == "voices") & (runs.seed == 0)].sort_values("learning_rate")
+    accuracy = first[first.method == "LoRA"].valid_accuracy
+    assert accuracy.max() - accuracy.min() > 0.3
     rates = {
         name: ", ".join(
             f"{100 * run.valid_accuracy:.0f} % at {run.learning_rate:g}"
@@ -700,6 +807,7 @@ def prefix_style() -> Finding:
     shown = {"prefix tuning": "PrefixTuning", "with its network": "PrefixTuning MLP", "LoRA": "LoRA", "full": "full"}
     rows = {what: classic.loc[("voices", name)] for what, name in shown.items()}
     lines = [f"{what} {100 * row.test_form:.0f} ({100 * row['mean']:.0f}) %" for what, row in rows.items()]
+    assert 0.8 < rows["prefix tuning"].test_form <= rows["LoRA"].test_form
     return Finding(
         "task voices: answers in the right voice (and the right sentence in it), tuned rates, three seeds: "
         f"{'; '.join(lines)}. See lesson 04",
@@ -715,8 +823,11 @@ def prefix_style() -> Finding:
     topic="quality and forgetting",
 )
 def forgetting() -> Finding:
+    found = _after_some_sql()
+    assert found["off"] == 0 and found["on"] > 0.99
     return Finding(
-        "with the adapter off, the base is there to the last bit. With it on, outputs change everywhere: "
+        "with the adapter off, the base is there to the last bit. With it on, after three steps on SQL, "
+        f"{100 * found['on']:.0f} % of the outputs to a question that has nothing to do with SQL are other numbers: "
         "frozen weights are no promise. To be measured: facts, skills and text the base knew",
         "later: lesson on forgetting",
     )
@@ -724,18 +835,23 @@ def forgetting() -> Finding:
 
 @claim("forgetting is mitigated because “most of the original weights are frozen”", 5, topic="quality and forgetting")
 def most_are_frozen() -> Finding:
-    c = _count(SEVEN, "LoRA", QV, r=8)
-    adapted = {row.path for row in c.rows if row.adapter}
-    changed = sum(row.parameters for row in c.rows if row.adapter is None and row.path in adapted)
-    assert c.per_method["base"] == 0
+    c, found = _count(SEVEN, "LoRA", QV, r=8), _after_some_sql()
+    assert c.per_method["base"] == 0 and found["merged"] > 0.9999 and found["merging"] < 1e-3
     return Finding(
-        f"with LoRA all of them are frozen, not most. Merged, all {changed:,} entries of its "
-        f"{len(adapted)} matrices are other numbers than before, so it is not the frozen share that could "
-        "protect",
+        "with LoRA all of them are frozen, not most. Merged after three steps on our base, "
+        f"{100 * found['merged']:.1f} % of the {found['entries']:,} entries of its {found['matrices']} matrices are "
+        "other numbers, and the model does what it did unmerged: so it is not the frozen share that could protect",
         "later: lesson on forgetting; the reason given is wrong",
     )
 
 
 @claim("fine-tuning fully on code can cost the model its poetry", 2, topic="quality and forgetting")
 def full_forgets() -> Finding:
-    return Finding("to be measured beside LoRA, at equal quality on the new task", "later: lesson on forgetting")
+    found = _after_some_sql()
+    assert found["full"] > 0.999
+    return Finding(
+        f"after a single step of full fine-tuning on SQL, {100 * found['full']:.1f} % of the {found['weights']:,} "
+        "weights of our base are other numbers, and there is no switch back. What that costs is to be measured "
+        "beside LoRA, at equal quality on the new task",
+        "later: lesson on forgetting",
+    )

@@ -21,7 +21,7 @@ class Compacter(Adapter):
 
     n: number and size of the Aᵢ. rank: r. reduction: D / b, or bottleneck: b itself. activation: σ.
     Trained: 2·r·(D + b) + b + D a site, and n³ once. Raises ValueError if n does not divide D and b.
-    Source: Karimi Mahabadi et al. 2021, arXiv:2106.04647, section 4; Compacter++ is targets="ffn-output".
+    Source: Karimi Mahabadi et al. 2021, arXiv:2106.04647, "Compacter layer"; Compacter++ is targets="ffn-output".
     """
 
     targets = "sublayer-output"

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..core import Adapter
 from ..layers import is_linear
+from ..prefix import cache_name, weigh_prefix
 from ._bottleneck import site_shape
 from ._peers import carriers, known, peer
 
@@ -66,15 +67,8 @@ class Gated(Adapter):
         change = adapter(known(f, x, h), x) - h
         return h + (self.gate(x if self.reads == "input" else h) * change).to(h.dtype)
 
-    def attend(self, f, g: Tensor, *args, past_key_values, attention_mask=None, **kwargs):
-        """Attention with g (B, T, 1) times the weight of each of the prefix's keys: log g on their part of the mask."""
-        x, k, cache = args[0] if args else kwargs["hidden_states"], past_key_values.P_k.shape[2], past_key_values.cache
-        if attention_mask is None:  # all is seen: of the prefix, of what is cached, and of x
-            cached = 0 if cache is None else cache.get_seq_length(self.layer.layer_idx)
-            attention_mask = x.new_zeros(len(x), 1, x.shape[1], k + cached + x.shape[1])
-        elif attention_mask.dtype == torch.bool:
-            attention_mask = x.new_zeros(()).masked_fill(~attention_mask, torch.finfo(x.dtype).min)
-        own = torch.zeros_like(attention_mask[..., :1]) + g.log().to(x.dtype)[:, None]  # (B, 1, T, 1)
-        rest = attention_mask[..., k:]
-        mask = torch.cat([own.expand(-1, -1, -1, k), rest.expand(len(own), -1, -1, -1)], -1)
-        return f(*args, past_key_values=past_key_values, attention_mask=mask, **kwargs)
+    def attend(self, f, g: Tensor, *args, **kwargs):
+        """Attention with g (B, T, 1) times the weight of each of the prefix's keys."""
+        x = args[0] if args else kwargs["hidden_states"]
+        mask = weigh_prefix(self.layer, kwargs["attention_mask"], g, x, kwargs[cache_name(kwargs)])
+        return f(*args, **kwargs | {"attention_mask": mask})

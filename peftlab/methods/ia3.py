@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ..core import Adapter
 from ..layers import shape_of
 
-# Keys, values and the last feed-forward layer, as the families name them. GPT-2 computes queries, keys and values in
-# one layer, c_attn, so there the queries are rescaled too, as in HF PEFT. HF PEFT's defaults are not the paper's three
+# Keys, values and the last feed-forward layer, as the families name them. GPT-2 and BLOOM compute queries, keys and
+# values in one layer; there the queries are rescaled too, as in HF PEFT. HF PEFT's defaults are not the paper's three
 # vectors in BERT (the attention's output layer as well), OPT and Qwen (queries in place of values or keys).
-KEYS_VALUES = r"[kv]_proj|key|value|attn\.c_attn|(SelfAttention|EncDecAttention)\.[kv]"
-FEEDFORWARD = r"down_proj|fc2|mlp\.c_proj|DenseReluDense\.wo|layer\.\d+\.output\.dense"
+KEYS_VALUES = r"[kv]_proj|key|value|attn\.c_attn|query_key_value|(SelfAttention|EncDecAttention)\.[kv]"
+FEEDFORWARD = r"down_proj|fc2|mlp\.c_proj|DenseReluDense\.wo|dense_4h_to_h|layer\.\d+\.output\.dense"
 
 
 class IA3(Adapter):

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..core import Adapter
 
-# Families whose queries are made as below. Others differ in it unseen: Cohere turns other pairs, OLMo-2 normalises all
-# heads at once, StableLM turns a part of each head, SmolLM3 none in some layers.
-KNOWN = r"(Llama|Mistral|Mixtral|(Qwen2|Qwen3)(Moe)?|Gemma[23]?|Granite|Starcoder2)Attention"
+# Families that attend as below. Others differ in it unseen: Cohere turns other pairs, OLMo-2 normalises all
+# heads at once, StableLM turns a part of each head, SmolLM3 none in some layers, Gemma 2 caps the scores.
+KNOWN = r"(Llama|Mistral|Mixtral|(Qwen2|Qwen3)(Moe)?|Gemma3?|Granite|Starcoder2)Attention"
 
 
 class LlamaAdapter(Adapter):

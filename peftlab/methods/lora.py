@@ -31,7 +31,8 @@ class LoRA(Adapter):
         out_features, in_features = shape_of(layer)
         if not 1 <= r <= min(in_features, out_features):
             raise ValueError(f"rank r={r} is not in 1…{min(in_features, out_features)}, the layer is "
-                             f"{out_features}×{in_features}: a larger product is no longer low-rank; take a smaller r, there alone with rank_pattern")  # fmt: skip
+                             f"{out_features}×{in_features}: a larger product is no longer low-rank; take a smaller r "
+                             "(rank_pattern: for this layer alone) or other targets")  # fmt: skip
         self.lora_A = nn.Parameter(torch.empty(r, in_features))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as nn.Linear: uniform in ±1/√in

@@ -18,7 +18,7 @@ class Pfeiffer(Adapter):
 
     reduction: D / b, or bottleneck: b itself, 1 to D. activation: σ; relu, gelu, silu, tanh or identity.
     Trained: 2·D·b + b + D a block: L·(2Db + b + D). Raises ValueError for values out of range.
-    Source: Pfeiffer et al. 2021, arXiv:2005.00247, section 3.2.2 and appendix A: found best by a search over places.
+    Source: Pfeiffer et al. 2021, arXiv:2005.00247, appendix: found best by a search over places.
     """
 
     targets = "ffn-output"

@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from ..core import Adapter
 from ..layers import device_of
-from ..prefix import PositionShift, PrefixedCache, PrefixMLP, kv_shape, see_prefix
-from ..sites import at, bare, group
+from ..prefix import PrefixMLP, check_prefix, kv_shape, shifts, with_prefix
 
 
 class PrefixTuning(Adapter):
@@ -42,15 +41,9 @@ class PrefixTuning(Adapter):
 
     @classmethod
     def plan(cls, model: nn.Module, paths, hyper: dict) -> dict:
-        k, config = hyper.get("k", 10), getattr(model, "config", None)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(model).__name__} reads two texts, a prefix has no one place; take PromptTuning")
-        context = getattr(config, "max_position_embeddings", None)
-        if context and k >= context:
-            raise ValueError(f"a prefix of k={k} leaves no room in a context of {context} tokens; take a smaller k")
-        for path in paths:  # first of all: a model whose attention takes no prefix may have no known positions either
-            kv_shape(bare(at(model, path)))
-        return {p: (PositionShift, {"k": k}) for p in group(model, "positions")} | {p: (cls, hyper) for p in paths}
+        k = hyper.get("k", 10)
+        check_prefix(model, paths, k)
+        return shifts(model, paths, k) | {p: (cls, hyper) for p in paths}
 
     @classmethod
     def share(cls, made: dict[str, Adapter]) -> None:
@@ -77,9 +70,7 @@ class PrefixTuning(Adapter):
     def prefix(self) -> Tensor:  # -> (k, 2·d_kv): keys, then values
         return self.mlp(self.slot) if self.projection else torch.cat([self.P_k, self.P_v], -1)
 
-    def forward(self, f, *args, past_key_values=None, attention_mask=None, **kwargs):
+    def forward(self, f, *args, **kwargs):
         x = args[0] if args else kwargs["hidden_states"]  # (B, T, d)
         P_k, P_v = self.prefix().view(self.k, 2, self.heads, -1).permute(1, 2, 0, 3)[:, None]  # (1, heads, k, head)
-        mask, length = see_prefix(self.layer, attention_mask, self.k, x)
-        cache = PrefixedCache(past_key_values, P_k, P_v, length)
-        return f(*args, past_key_values=cache, attention_mask=mask, **kwargs)
+        return f(*args, **with_prefix(self.layer, P_k, P_v, x, kwargs))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core import Adapter
 from ..layers import is_linear
-from ..sites import bare
+from ..sites import at, bare
 from ..vocabulary import ties
 
 
@@ -49,7 +49,7 @@ class TrainableTokens(Adapter):
     def plan(cls, model, paths, hyper):
         """The embedding, and every module that shares its weight: the tied head, T5's two other tables."""
         for path in paths:
-            site = bare(model.get_submodule(path))
+            site = bare(at(model, path))
             if not isinstance(site, nn.Embedding) and site is not bare(model.get_output_embeddings()):
                 raise ValueError(f"{path!r} is a {type(site).__name__}, no table of token vectors; leave targets out")
         return {tied: (cls, hyper) for path in paths for tied in ties(model, path)}

@@ -172,7 +172,7 @@ how_far = prediction(
     "how_far",
     LESSON,
     "A gain starts at 1, and Adam moves each number by about the learning rate per step, at most. With a rate of "
-    "0.0001, as is usual in full fine-tuning, by how much can a gain have changed after 100 steps?",
+    "0.0001, already high for full fine-tuning of a large model, by how much can a gain have changed after 100 steps?",
     right="1 %",
     why="100 steps of 0.0001 are 0.01. A gain that has to be halved or doubled needs a rate that is far larger.",
     wrong={

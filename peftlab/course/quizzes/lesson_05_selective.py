@@ -43,7 +43,7 @@ QUESTIONS = (
         "(IA)³ with the learning rate that worked for full fine-tuning hardly learns. What do you try first?",
         (
             yes(
-                "A rate that is ten to a hundred times higher.",
+                "A rate that is ten to several hundred times higher.",
                 "Adam moves each number by about the rate, however large the model. A few numbers must each move far.",
             ),
             no(

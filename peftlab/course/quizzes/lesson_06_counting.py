@@ -35,19 +35,19 @@ QUESTIONS = (
         ),
     ),
     Question(
-        "Summing over the state dict of Llama 3.2 1B gives 1.50 billion, its card says 1.24. Why?",
+        "Summing over the state dict of Llama 3.2 1B gives 1.50 billion; it has 1.24 billion parameters. Why?",
         (
             yes(
                 "Its output layer is its embedding: one tensor under two names.",
-                "Tied weights count once. 128,256 words of width 2048 are 263 million, the difference.",
+                "Tied weights count once. 128,256 token vectors of width 2048 are 263 million numbers, the difference.",
             ),
             no(
                 "The state dict holds buffers too.",
                 "Its rotary frequencies are a few dozen numbers, and are not stored at all.",
             ),
             no(
-                "The card rounds.",
-                "Cards round to two or three digits; this is a fifth of the model.",
+                "1.24 is rounded.",
+                "So it is, to three digits; the difference is a fifth of the model.",
             ),
         ),
     ),
