@@ -294,11 +294,13 @@ def load_adapter(
 def _check_swap(attached: Mapping[str, Adapter], plan: Plan, folder: Path, name: str) -> None:
     """ValueError if values alone do not make the attached adapter the saved one: another method, alpha or token."""
     for path, (method, hyper) in plan.items():
-        there = attached.get(path)  # None: `_fill` says so
-        if there is not None and type(there) is not method:
+        there = attached.get(path)
+        if there is None:
+            continue  # `_fill` says so
+        if type(there) is not method:
             raise ValueError(f"adapter {name!r} is {type(there).__name__} on {path!r} and {method.__name__} in "
                              f"{folder}; detach it first")  # fmt: skip
-        for key, value in hyper.items() if there is not None else ():
+        for key, value in hyper.items():
             value = tuple(value) if isinstance(value, list) else value
             if there.hyper[key] != value and key != "dropout":  # that is for training alone
                 raise ValueError(f"adapter {name!r} has {key}={there.hyper[key]!r} on {path!r}, and {value!r} in "
