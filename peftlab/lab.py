@@ -200,6 +200,14 @@ def _sortable(text: str) -> tuple[float, str]:
         return math.inf, text
 
 
+def without_old(rows: Sequence[Row], case: Case) -> list[Row]:
+    """The rows without those of a case that were made with other settings: at a rate that is not tried any more."""
+    key, settings = (
+        {column: str(value) for column, value in part.items()}.items() for part in (case.key, case.settings)
+    )
+    return [row for row in rows if not key <= row.items() or settings <= row.items()]
+
+
 def tried(rows: Sequence[Row], case: Case, seed: int) -> dict[float, Row]:
     """learning rate -> row, of those that were run for a case with one seed."""
     found = {rate: find(rows, Run(case, rate, seed)) for rate in case.ladder}
@@ -294,6 +302,8 @@ def conduct(experiment: Experiment, path: Path, pool: Executor, jobs: int) -> It
                 continue
             row = wanted(run) | future.result()
             rows = put(rows_of(path, experiment.columns), row, experiment.identity)
+            if not pending(rows, run.case, experiment.seeds):
+                rows = without_old(rows, run.case)
             write(path, rows, experiment.columns)
             yield run, row, left(rows, experiment)
     if failed:

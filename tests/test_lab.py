@@ -94,6 +94,16 @@ def test_another_budget_makes_all_rows_anew_in_their_places(file):
     assert len(lab.made(file, plan())) == 0 and len(lab.made(file, plan(steps=300))) == 12
 
 
+def test_old_rows_at_rates_no_longer_tried_leave_when_their_case_is_complete(file, monkeypatch):
+    monkeypatch.setitem(BEST, "a", 1e-3)  # the grid is extended to 3e-4
+    conduct(file)
+    monkeypatch.setitem(BEST, "a", 1e-2)
+    conduct(file, plan(steps=300), stop=3, jobs=1)
+    assert [row["learning_rate"] for row in rows(file) if row["steps"] == "250" and row["method"] == "a"][0] == "0.0003"
+    conduct(file, plan(steps=300))
+    assert {row["steps"] for row in rows(file)} == {"300"} and len(rows(file)) == 12
+
+
 def test_rows_of_cases_outside_the_plan_are_kept(file):
     conduct(file)
     conduct(file, plan(methods=("b",), steps=300))
