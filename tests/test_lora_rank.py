@@ -1,4 +1,4 @@
-"""The rank experiment: one run for real, and what was recorded. How runs are planned is tested in test_lab.py."""
+"""The rank experiment: one run for real, and what was recorded. How runs are planned is tested in test_laboratory.py."""
 
 import csv
 import importlib.util
