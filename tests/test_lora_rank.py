@@ -1,4 +1,4 @@
-"""The rank experiment: one run for real, and what was recorded. How runs are planned is tested in test_laboratory.py."""
+"""The rank experiment: one run for real, and what was recorded. test_laboratory.py tests how runs are planned."""
 
 import csv
 import importlib.util
