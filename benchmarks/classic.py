@@ -296,9 +296,8 @@ def table(path: Path, plan: lab.Experiment) -> str:
     lines = ["| task | method | trained | best rate | rates | test accuracy, mean (lowest–highest) | seeds | form |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for (task, name), one in found.iterrows():
-        spread = f"{100 * one['mean']:.1f} % ({100 * one['low']:.1f}–{100 * one['high']:.1f})"
         lines.append(f"| {task} | {name} | {one['parameters']:,.0f} | {one['learning_rate']:g} | {one['rates']:.0f} | "
-                     f"{spread} | {one['seeds']:.0f} | {100 * one['test_form']:.1f} % |")  # fmt: skip
+                     f"{lab.seeds_range(one)} | {one['seeds']:.0f} | {100 * one['test_form']:.1f} % |")  # fmt: skip
     return "\n".join(lines)
 
 

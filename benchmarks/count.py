@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+from peftlab import lab
 from peftlab.paths import atomic_write
 from peftlab.provenance import provenance
 
@@ -90,12 +91,7 @@ def table(rows: list[dict]) -> str:
          spread(row["ratio_to_peft"]), spread(row["ratio_to_peft_frugal"]), f"{row['model_seconds'][1]:.3f}")
         for row in rows
     ]  # fmt: skip
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    rule = tuple("-" * width for width in widths)
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in [head, rule, *body]
-    )
+    return lab.markdown(head, body)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

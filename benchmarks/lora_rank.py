@@ -113,9 +113,8 @@ def table(path: Path, plan: lab.Experiment) -> str:
     found = lab.summary(runs, ["method", "rank"], also=["test_exact"]) if len(runs) else runs
     for (_, rank), one in found.iterrows():
         name = f"LoRA r = {rank}" if rank else "full fine-tuning"
-        spread = f"{100 * one['mean']:.1f} % ({100 * one['low']:.1f}–{100 * one['high']:.1f})"
-        lines.append(f"| {name} | {one['parameters']:,.0f} | {one['learning_rate']:g} | {one['rates']:.0f} | {spread} "
-                     f"| {one['seeds']:.0f} | {100 * one['test_exact']:.1f} % |")  # fmt: skip
+        lines.append(f"| {name} | {one['parameters']:,.0f} | {one['learning_rate']:g} | {one['rates']:.0f} | "
+                     f"{lab.seeds_range(one)} | {one['seeds']:.0f} | {100 * one['test_exact']:.1f} % |")  # fmt: skip
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from peftlab import lab
 from peftlab.paths import atomic_write
 from peftlab.provenance import provenance
 
@@ -175,12 +176,7 @@ def table(rows: list[dict]) -> str:
          spread(row["ratio_to_peft"], 3), f"{row['peak_mib']:.1f}", f"{row['step_mib']:.1f}")
         for row in rows
     ]  # fmt: skip
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    rule = tuple("-" * width for width in widths)
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in [head, rule, *body]
-    )
+    return lab.markdown(head, body)
 
 
 def machine() -> dict:

@@ -340,6 +340,21 @@ def measured_row(experiment_columns: Sequence[str], values: Mapping[str, Any]) -
     return shown | {column: str(origin.get(column, "")) for column in ORIGIN}
 
 
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A table as text that is aligned and also Markdown."""
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    rule = ["-" * width for width in widths]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in [head, rule, *body]
+    )
+
+
+def seeds_range(line) -> str:
+    """Mean, lowest and highest of a line of `summary` that holds shares: "47.0 % (43.2–50.1)"."""
+    return f"{100 * line['mean']:.1f} % ({100 * line['low']:.1f}–{100 * line['high']:.1f})"
+
+
 def fingerprint(*files: Path) -> str:
     """The first twelve hex digits of the files' SHA-256."""
     digest = hashlib.sha256()
