@@ -21,7 +21,7 @@ class Part(NamedTuple):
 
 def union(model: nn.Module, parts: Sequence[Part], active: Sequence[str]) -> tuple[str, ...]:
     """Attach all parts and activate the named ones; returns these names. After an error the model is as it was."""
-    before = switch_of(model).active if hosts(model) else ()
+    before = (switch_of(model).active, switch_of(model).rows) if hosts(model) else None
     grads = {name: p.requires_grad for name, p in model.named_parameters()} if not hosts(model) else {}
     made: list[str] = []
     try:
@@ -31,8 +31,8 @@ def union(model: nn.Module, parts: Sequence[Part], active: Sequence[str]) -> tup
     except (ValueError, TypeError):
         if made:
             detach(model, *made)
-        if hosts(model):
-            activate(model, *before)
+        if before:
+            switch_of(model).active, switch_of(model).rows = before
         for name, learns in grads.items():
             model.get_parameter(name).requires_grad_(learns)
         raise

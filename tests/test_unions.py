@@ -293,3 +293,18 @@ def test_a_gated_prefix_needs_attention_that_takes_a_mask_of_numbers(monkeypatch
     x, turn = torch.randn(1, 4, 32), (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
     with pytest.raises(ValueError, match="'flash_attention_2' does not take; load.*attn_implementation='sdpa'"):
         attention(hidden_states=x, position_embeddings=turn, attention_mask=None)
+
+
+def test_a_refused_union_leaves_a_mixed_batch_as_it_was():
+    model = pl.attach(build("llama"), pl.LoRA, name="low")
+    pl.attach(model, pl.LoRA, name="mam_parallel")  # the name is taken: the second part fails
+    for found in pl.adapters(model).values():
+        for adapter in found.values():
+            shake(adapter)
+    rows = ["low", None, "mam_parallel"]
+    with pl.using(model, rows=rows), torch.no_grad():
+        want = model(**inputs("llama")).logits
+        with pytest.raises(ValueError, match="mam_parallel"):
+            pl.mam(model)
+        assert torch.equal(model(**inputs("llama")).logits, want)
+    assert set(pl.adapters(model)) == {"low", "mam_parallel"}
