@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import os
 import random
 import statistics
@@ -158,19 +157,10 @@ def judge(model, task: str, split: str) -> tuple[float, float]:
 
 def execute(run: lab.Run) -> lab.Row:
     """Train and evaluate; the measured columns and where they come from."""
-    import peftlab as pl
-
-    start, task, steps = time.perf_counter(), run.case.key["task"], run.case.settings["steps"]
+    start, task = time.perf_counter(), run.case.key["task"]
     model, data = prepared(run.case.key["method"], run.seed), rows(task)
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    try:
-        log = pl.train(model, data["train"], base()[1], steps=steps, batch_size=run.case.settings["batch_size"],
-                       lr=run.learning_rate, seed=run.seed, valid=data["valid"], valid_every=steps,
-                       progress=False)  # fmt: skip
-        losses = lab.last(log.losses), log.valid_losses[steps], lab.last(log.losses[:EARLY])
-    except FloatingPointError:  # diverged: the trained parameters are back at their start, and are judged like that
-        losses = (math.nan,) * 3
-    found |= dict(zip(("train_loss", "valid_loss", "early_loss"), losses, strict=True))
+    found |= lab.train_run(run, model, data, base()[1], EARLY)
     if METHODS[run.case.key["method"]].of is not None:
         merged(model)
     found["valid_accuracy"], _ = judge(model, task, "valid")

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import os
 import statistics
 import time
@@ -85,17 +84,10 @@ def execute(run: lab.Run) -> lab.Row:
     from peftlab.evaluate import execution_accuracy
 
     _, tokenizer, data = materials()
-    start, steps = time.perf_counter(), run.case.settings["steps"]
+    start = time.perf_counter()
     model = prepared(run)
     found = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    try:
-        log = pl.train(model, data["train"], tokenizer, steps=steps, batch_size=run.case.settings["batch_size"],
-                       lr=run.learning_rate, seed=run.seed, valid=data["valid"], valid_every=steps,
-                       progress=False)  # fmt: skip
-        losses = lab.last(log.losses), log.valid_losses[steps], lab.last(log.losses[:EARLY])
-    except FloatingPointError:  # diverged: the trained parameters are back at their start, and are judged like that
-        losses = (math.nan,) * 3
-    found |= dict(zip(("train_loss", "valid_loss", "early_loss"), losses, strict=True))
+    found |= lab.train_run(run, model, data, tokenizer, EARLY)
     if run.case.key["rank"]:
         pl.merge(model)
     valid = execution_accuracy(model, tokenizer, data["valid"])

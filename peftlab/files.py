@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from .attach import _defaults, adapters, attach_plan, detach, find_targets, hosts, patterned, switch_of
 from .core import METHODS, Adapter
-from .formats import LAYOUTS, Plan
+from .formats import LAYOUTS, PREFIX, Plan
 from .paths import atomic_files
 from .sites import at, sites
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COPY = "ModuleCopy"
 PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}  # ours -> HF PEFT's; other settings are one per adapter
 # settings that change nothing in what a finished adapter computes, or that the weights' own names say already

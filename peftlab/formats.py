@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .layers import is_conv1d, shape_of
@@ -18,6 +19,7 @@ from .vocabulary import ties
 if TYPE_CHECKING:
     from .core import Adapter
 
+PREFIX = "base_model.model."  # before a module's path in a key
 Plan = dict[str, "tuple[type[Adapter], dict]"]  # bare path -> (method, hyper-parameters)
 Weights = dict[str, dict[str, Tensor]]  # bare path -> {our parameter: tensor}
 
@@ -103,10 +105,9 @@ PROMPT_STARTS = {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_nam
                  "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"}  # fmt: skip
 ENCODERS = {"encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout"}
 
+
 def _prefix_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(k, 2·L·d_kv): keys, then values, layer by layer; an MLP that made them is left out."""
-    import torch
-
     if list(found) != group(model, "all-attention"):
         raise ValueError("HF PEFT's format has a prefix in each attention layer; attach with targets='all-attention'")
     one: Any = next(iter(found.values()))
@@ -131,14 +132,13 @@ def _adaption_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dic
     one, name = next(iter(found.values())), next(iter(found)).rpartition(".")[2]
     if list(found) != [p for p in sites(model) if p.endswith(f".{name}")][-len(found) :]:
         raise ValueError("HF PEFT's format has LLaMA-Adapter in the last attention layers only, without a gap")
-    tensors = {f"base_model.model.{path}.{n}": t for path, a in found.items() for n, t in a.named_parameters()}
-    return tensors, {"target_modules": name, "adapter_len": one.hyper["k"], "adapter_layers": len(found)}
+    return _keyed(found), {"target_modules": name, "adapter_len": one.hyper["k"], "adapter_layers": len(found)}
 
 
 def _adaption_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):
     weights: Weights = {}
     for key, tensor in tensors.items():
-        path, _, parameter = key.removeprefix("base_model.model.").rpartition(".")
+        path, _, parameter = key.removeprefix(PREFIX).rpartition(".")
         if path not in sites(model):
             raise ValueError(f"{key!r} belongs to no module of this model")
         weights.setdefault(path, {})[parameter] = tensor
@@ -146,15 +146,15 @@ def _adaption_from_hf(model: nn.Module, method: type[Adapter], config: dict, ten
     return plan, weights
 
 
-def _keyed(model: nn.Module, found: Mapping[str, Adapter], names: Mapping[str, str]) -> dict[str, Tensor]:
+def _keyed(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """The usual key of each parameter; a tensor that several sites share is written once for each."""
-    return {f"base_model.model.{path}.{names[n]}": p.detach().clone()
+    return {f"{PREFIX}{path}.{adapter.hf_params[n]}": p.detach().clone()
             for path, adapter in found.items() for n, p in adapter.named_parameters()}  # fmt: skip
 
 
 def _paths(model: nn.Module, tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
     """bare path -> tensor, of a file whose keys all end alike."""
-    found = {key.removeprefix("base_model.model.").removesuffix(f".{ending}"): t for key, t in tensors.items()}
+    found = {key.removeprefix(PREFIX).removesuffix(f".{ending}"): t for key, t in tensors.items()}
     there = sites(model)
     if strange := [path for path in found if path not in there]:
         raise ValueError(f"{type(model).__name__} has no module {strange[0]!r}: this is an adapter of another model")
@@ -176,7 +176,7 @@ def _ia3_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str
     settings: dict[str, Any] = {"target_modules": targets, "feedforward_modules": endings}
     if any(is_conv1d(adapter.layer) for adapter in found.values()):
         settings["fan_in_fan_out"] = True
-    return _keyed(model, found, {"ia3_l": "ia3_l"}), settings
+    return _keyed(found), settings
 
 
 def _ia3_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):
@@ -191,7 +191,7 @@ def _tokens_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[
     """Tied tables are written once each, as HF PEFT does; only the first of them is a target there."""
     owners = [path for path, adapter in found.items() if not adapter.tied]
     settings = {"target_modules": owners, "token_indices": list(found[owners[0]].hyper["tokens"])}
-    return _keyed(model, found, {"rows": "trainable_tokens_delta"}), settings
+    return _keyed(found), settings
 
 
 def _tokens_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):

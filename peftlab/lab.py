@@ -330,6 +330,24 @@ def work(experiment: Experiment, path: Path, jobs: int) -> None:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def train_run(run: Run, model, data: Mapping[str, Any], tokenizer, early: int) -> dict[str, float]:
+    """Train as a run's settings say; its train_loss, valid_loss and early_loss, which is that of the first steps.
+
+    A run that diverged has no losses (nan): its trained parameters are back at their start, and are judged like that.
+    """
+    import peftlab as pl
+
+    settings = run.case.settings
+    try:
+        log = pl.train(model, data["train"], tokenizer, steps=settings["steps"], batch_size=settings["batch_size"],
+                       lr=run.learning_rate, seed=run.seed, valid=data["valid"], valid_every=settings["steps"],
+                       progress=False)  # fmt: skip
+        losses = last(log.losses), log.valid_losses[settings["steps"]], last(log.losses[:early])
+    except FloatingPointError:
+        losses = (math.nan,) * 3
+    return dict(zip(("train_loss", "valid_loss", "early_loss"), losses, strict=True))
+
+
 def measured_row(experiment_columns: Sequence[str], values: Mapping[str, Any]) -> Row:
     """The columns that `execute` gives: measured values as text, and where they come from."""
     if set(values) != set(experiment_columns):

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..core import Adapter
 from ..layers import shape_of
 from ._peers import carriers, known, peer
+
+
+def several(of: Sequence[str]) -> tuple[str, ...]:
+    """The names; ValueError unless there are two or more."""
+    if isinstance(of, str) or len(of) < 2:
+        raise ValueError(f"of={of!r}: name two or more attached adapters, such as of=('sql', 'reviews')")
+    return tuple(of)
 
 
 class AdapterFusion(Adapter):
@@ -24,9 +33,7 @@ class AdapterFusion(Adapter):
 
     def __init__(self, layer: nn.Module, of: tuple[str, ...] = ()):
         super().__init__(layer)
-        if isinstance(of, str) or len(of) < 2:
-            raise ValueError(f"of={of!r}: name two or more attached adapters, such as of=('sql', 'reviews')")
-        self.needs = tuple(of)
+        self.needs = several(of)
         D = shape_of(layer)[0]
         self.Q, self.K = (nn.Parameter(0.02 * torch.randn(D, D)) for _ in range(2))  # 0.02 as in BERT's own layers
         self.V = nn.Parameter(torch.eye(D))
@@ -36,9 +43,7 @@ class AdapterFusion(Adapter):
         """Those of the target layers that carry the fused adapters."""
         from ..attach import adapters
 
-        of = hyper.get("of", ())
-        if isinstance(of, str) or len(of) < 2:
-            raise ValueError(f"of={of!r}: name two or more attached adapters, such as of=('sql', 'reviews')")
+        of = several(hyper.get("of", ()))
         found = carriers(model, paths, of)
         for name in of:
             if any(p.requires_grad for a in adapters(model)[name].values() for p in a.parameters()):
