@@ -19,6 +19,7 @@ _HOME = {  # name -> module that defines it
     "baselines": ["full_finetuning", "last_layers"],
     "count": ["count"],
     "files": ["load_adapter", "save_adapter"],
+    "nf4_layer": ["NF4Linear", "quantize"],
     "unions": ["mam", "unipelt"],
     "vocabulary": ["add_tokens"],
     "base": ["load_base"],
@@ -26,7 +27,7 @@ _HOME = {  # name -> module that defines it
     "course.source": ["show"],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("base", "core", "course", "evaluate", "files", "lab", "layers", "methods", "paths", "shapes", "sites",
+_ROOMS = ("base", "core", "course", "evaluate", "files", "lab", "layers", "methods", "nf4", "paths", "shapes", "sites",
           "tasks", "vocabulary")  # fmt: skip
 
 

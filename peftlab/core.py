@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused import fusible, low_rank_linear
-from .layers import affine, as_dense, device_of, is_linear, shape_of
+from .layers import affine, as_dense, device_of, dtype_of, is_linear, shape_of
 
 METHODS: dict[str, type[Adapter]] = {}  # name -> class; tests, tables and lessons loop over it
 
@@ -153,8 +153,8 @@ class Adapted(nn.Module):
             layer = copy.deepcopy(self.layer).double()
             for name in here:
                 layer = self.adapters[name].fold(layer)
-            dtype = next((p.dtype for p in self.layer.parameters() if p.is_floating_point()), torch.bfloat16)
-            self.__dict__["original"], self.layer = self.layer, layer.to(dtype).requires_grad_(False)
+            dense = layer.to(dtype_of(self.layer)).requires_grad_(False)
+            self.__dict__["original"], self.layer = self.layer, dense
         self.merged = tuple(names)
 
     def unmerge(self) -> None:

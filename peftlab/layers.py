@@ -67,3 +67,11 @@ def device_of(layer: nn.Module) -> torch.device:
     tensor = next(layer.parameters(), None)
     tensor = next(layer.buffers(), None) if tensor is None else tensor
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def dtype_of(layer: nn.Module) -> torch.dtype:
+    """The dtype of a layer's weights; of packed ones, the dtype they had before."""
+    own = getattr(layer, "dtype", None)
+    if isinstance(own, torch.dtype):
+        return own
+    return next((p.dtype for p in layer.parameters() if p.is_floating_point()), torch.bfloat16)

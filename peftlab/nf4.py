@@ -1,0 +1,286 @@
+"""NF4: weights in four bits, the storage of QLoRA, down to the bits. The layer that computes with them: nf4_layer.py.
+
+A weight matrix is cut into blocks of 64 consecutive weights. A block is scaled by its largest magnitude (absmax) into
+−1 … 1, each weight becomes the number of the nearest of 16 levels, and two such codes fill a byte:
+
+    W ≈ level[code] · absmax          4 + 32/64 = 4.5 bits a weight
+
+Double quantisation then packs the absmax values too, after their mean was taken away: 8 bits each, in blocks of 256
+with a float32 scale of their own:
+
+    absmax ≈ level₈[code₈] · absmax₂ + mean          4 + 8/64 + 32/(64·256) = 4.127 bits a weight
+
+Codes, scales and values are those of bitsandbytes 0.50 on a CPU, bit for bit.
+Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer 2023, QLoRA, arXiv:2305.14314, section 3.
+Names: n weights, b blocks, (out, in) the layer's shape.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OFFSET = 0.9677083  # of the outermost levels: 1 − (1/32 + 1/30)/2, as far as the authors' program writes it out
+NESTED = 256  # absmax values in a block of the double quantisation
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+STEPS = 65535  # of bitsandbytes' table for 8-bit codes
+SMALLEST = 1e-38  # an absmax below it counts as this much, so that its reciprocal is finite
+CACHED = 2**16  # weights worked on at a time while packing: float32 copies of them stay in a CPU core's cache
+DENSE = 2**21  # weights of a layer that are dense at a time on a CPU: 8 MiB
+
+
+# --- the levels -----------------------------------------------------------------------------------------------------
+
+
+def _nf4() -> Tensor:
+    """Quantiles of the normal distribution, eight above zero and seven below it, with zero itself: 16 levels.
+
+    Trained weights look normal, so levels at equal steps of probability are used about equally often. As one code is
+    zero, the two sides differ. Float32 steps and float64 quantiles, as the authors' program has them: it is not the
+    formula of the paper's equation 4, whose table is another one.
+    """
+    quantiles = [torch.special.ndtri(torch.linspace(OFFSET, 0.5, n)[:-1].double()) for n in (9, 8)]
+    return torch.cat([quantiles[0], torch.zeros(1), -quantiles[1]]).sort().values.float()
+
+
+def _fp4() -> Tensor:
+    """Sign, two bits of exponent e, one of mantissa m, in the order of these bits: ±(2 + m)·2³⁻ᵉ; e = 0 gives 0, 1/16."""
+    half = [0, 1 / 16] + [(2 + m) * 2.0 ** (3 - e) for e in (1, 2, 3) for m in (0, 1)]
+    return torch.tensor(half + [-value for value in half])
+
+
+def _dynamic() -> Tensor:
+    """256 levels that are fine near zero: seven decades, each with twice as many levels as the one below it.
+
+    Source: Dettmers 2015, arXiv:1511.04561, section 2.
+    """
+    edges = [torch.linspace(0.1, 1, 2**decade + 1) for decade in range(7)]
+    half = torch.cat([10.0 ** (decade - 6) * ((e[:-1] + e[1:]) / 2) for decade, e in enumerate(edges)])
+    return torch.cat([half, -half, torch.tensor([0.0, 1.0])]).sort().values
+
+
+KINDS: dict[str, Callable[[], Tensor]] = {
+    "nf4": _nf4,
+    "fp4": _fp4,
+    "int4": lambda: torch.arange(-7.0, 8.0),  # even steps, as many below zero as above it
+    "int8": lambda: torch.arange(-127.0, 128.0),
+    "dynamic8": _dynamic,
+}
+
+
+def levels(kind: str = "nf4") -> Tensor:
+    """The values that the codes 0, 1, … stand for, −1 … 1: 16 of "nf4" and "fp4", 15 of "int4", 255 of "int8",
+    256 of "dynamic8", the code of the second quantisation. Raises ValueError for another kind."""
+    return _levels(kind).clone()
+
+
+@functools.cache
+def _levels(kind: str, device: torch.device = torch.device("cpu")) -> Tensor:
+    if kind not in KINDS:
+        raise ValueError(f"no data type {kind!r}; there are {', '.join(KINDS)}")
+    if device.type != "cpu":
+        return _levels(kind).to(device)
+    values = KINDS[kind]()
+    return values / values.abs().max()
+
+
+@functools.cache
+def _bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Halfway between neighbouring levels, and the code of each level in ascending order (FP4's bits are in another)."""
+    order = torch.argsort(_levels(kind))
+    ascending = _levels(kind)[order]
+    return ((ascending[:-1] + ascending[1:]) / 2).to(device), order.to(device, torch.uint8)
+
+
+@functools.cache
+def _pairs(kind: str, device: torch.device) -> Tensor:
+    """(256,) complex64: the two weights that a byte stands for, side by side as 8 bytes, so that one look-up gives both."""
+    byte = torch.arange(256)
+    table = F.pad(_levels(kind), (0, 16 - len(_levels(kind))))
+    return torch.view_as_complex(torch.stack([table[byte >> 4], table[byte & 15]], 1)).to(device)
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """A weight matrix in few bits: tensors as bitsandbytes stores them, and what it takes to read them."""
+
+    codes: Tensor  # (⌈n/2⌉, 1) uint8: two codes a byte, the first in the high bits; int8: (n, 1), one a byte
+    absmax: Tensor  # (b,) float32; with double quantisation its codes, uint8
+    nested_absmax: Tensor | None  # (⌈b/256⌉,) float32: scales of the absmax codes; None without double quantisation
+    nested_levels: Tensor | None  # (256,) float32: what the absmax codes stand for
+    offset: Tensor | None  # () float32: the mean of the absmax values
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # the weights' own before they were packed
+    kind: str
+    block: int
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight takes, scales included; the table of levels and the mean, the same few for any size, are not."""
+        parts = [self.codes, self.absmax] + ([] if self.nested_absmax is None else [self.nested_absmax])
+        return 8 * sum(t.nbytes for t in parts) / math.prod(self.shape)
+
+
+def pack(W: Tensor, block: int = 64, kind: str = "nf4", double: bool = True) -> Packed:
+    """Weights of any shape in float32, bfloat16 or float16 -> their codes and scales, in blocks along the last dimension.
+
+    block: weights that share a scale, a power of two from 32 to 4096. kind: see `levels`. double: pack the scales too.
+    Takes about 1 MiB beside what it returns. A tensor on "meta" gives the shapes alone.
+    Raises ValueError for a block size, kind or dtype there is not, an empty tensor, or a weight that is NaN or infinite.
+    """
+    check_pack(W, block, kind)
+    flat, per_byte = W.detach().reshape(-1), 1 if kind == "int8" else 2
+    count = math.ceil(flat.numel() / block)
+    codes = torch.empty(math.ceil(flat.numel() / per_byte), 1, dtype=torch.uint8, device=W.device)
+    absmax = torch.empty(count, device=W.device)
+    if not W.is_meta:
+        step = max(block, CACHED if W.device.type == "cpu" else 2**24)
+        for start in range(0, flat.numel(), step):
+            part = flat[start : start + step].float()
+            scaled = _scale(part, block, absmax[start // block :])
+            code = _nearest(scaled, kind)
+            codes[start // per_byte :][: len(code) // per_byte, 0] = code if per_byte == 1 else code[::2] * 16 + code[1::2]
+        if not absmax.isfinite().all():
+            raise ValueError(not_finite(W))
+    whole = Packed(codes, absmax, None, None, None, tuple(W.shape), W.dtype, kind, block)
+    return _pack_scales(whole) if double else whole
+
+
+def check_pack(W: Tensor, block: int, kind: str) -> None:
+    """ValueError if `pack` cannot take this tensor, whatever its values."""
+    if block not in BLOCKS:
+        raise ValueError(f"block size {block} is none of {', '.join(map(str, BLOCKS))}")
+    _levels(kind)
+    if W.dtype not in FLOATS:
+        raise ValueError(f"weights of {W.dtype} cannot be packed; float32, bfloat16 and float16 can")
+    if not W.numel():
+        raise ValueError(f"there is nothing to pack, its shape is {tuple(W.shape)}")
+
+
+def not_finite(W: Tensor) -> str:
+    """What to say of weights that are NaN or infinite."""
+    bad = int((~W.detach().isfinite()).sum())
+    return (f"{bad:,} of {W.numel():,} weights are NaN or infinite, so their blocks have no scale; find out where they "
+            "come from: the file may be damaged, or a training run diverged")  # fmt: skip
+
+
+def _scale(part: Tensor, block: int, absmax: Tensor) -> Tensor:
+    """Consecutive weights in −1 … 1, a last code's worth of zeros added where they are odd; fills their absmax in.
+
+    bitsandbytes multiplies by the reciprocal, but divides in a block that is not full: the same bits need the same.
+    """
+    whole = len(part) // block
+    blocks = part[: whole * block].view(whole, block)
+    torch.amax(blocks.abs(), 1, out=absmax[:whole])
+    scaled = (blocks * (1 / absmax[:whole].clamp(min=SMALLEST)).unsqueeze(1)).view(-1)
+    if len(rest := part[whole * block :]):
+        absmax[whole] = rest.abs().max().clamp(min=SMALLEST)
+        scaled = torch.cat([scaled, rest / absmax[whole], rest.new_zeros(len(part) % 2)])
+    return scaled
+
+
+def _nearest(scaled: Tensor, kind: str) -> Tensor:
+    """The code of the nearest level, uint8: how many of the bounds between the levels are below the value."""
+    bounds, order = _bounds(kind, scaled.device)
+    if len(bounds) > 16:
+        return torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
+    below, number = torch.empty_like(scaled), torch.zeros_like(scaled)  # comparing into floats is the fast way
+    for bound in bounds.tolist():
+        number += torch.gt(scaled, bound, out=below)
+    return number.to(torch.uint8) if kind != "fp4" else order[number.int()]
+
+
+def _pack_scales(p: Packed) -> Packed:
+    """Double quantisation: the scales less their mean, as 8-bit codes in blocks of 256.
+
+    bitsandbytes looks its codes up in a table of 65,536 steps from −1 to 1, so a value is rounded to a step before.
+    """
+    offset = p.absmax.mean()
+    if not p.absmax.is_meta and offset.isinf():  # their sum is beyond float32; bitsandbytes would store NaN
+        offset = p.absmax.double().mean().float()
+    count, table = len(p.absmax), _levels("dynamic8", p.absmax.device).clone()
+    around = F.pad(p.absmax - offset, (0, -count % NESTED)).view(-1, NESTED)
+    nested = around.abs().amax(1)
+    scaled = (around * (1 / nested).unsqueeze(1)).clamp(-1, 1)
+    step = ((scaled + 1) / 2).double().mul(STEPS).add(0.5).float().floor()  # float64: one rounding, as of a C fma
+    code = torch.bucketize(2 * step / STEPS - 1, _bounds("dynamic8", table.device)[0])
+    code = code.masked_fill((nested == 0).unsqueeze(1), 0)
+    return p._replace(absmax=code.view(-1)[:count].to(torch.uint8), nested_absmax=nested, nested_levels=table, offset=offset)
+
+
+# --- unpacking ------------------------------------------------------------------------------------------------------
+
+
+def scales(p: Packed) -> Tensor:
+    """The absmax of each block, (b,) float32: as stored, or put together again after double quantisation."""
+    if p.nested_absmax is None:
+        return p.absmax
+    value = p.nested_levels[p.absmax.int()]
+    return value * p.nested_absmax.repeat_interleave(NESTED)[: len(value)] + p.offset
+
+
+def unpack(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
+    """The weights that the codes stand for, level · absmax, in `dtype` (None: their own before they were packed)."""
+    out = torch.empty(p.shape, dtype=dtype or p.dtype, device=p.codes.device)
+    if p.codes.is_meta:
+        return out
+    if _whole(p.codes):
+        return _values(p.codes, scales(p), p.kind, p.block, math.prod(p.shape)).view(p.shape).to(out.dtype)
+    flat, absmax, per_byte = out.view(-1), scales(p), 1 if p.kind == "int8" else 2
+    for start in range(0, len(flat), step := max(CACHED, p.block)):
+        here = flat[start : start + step]
+        codes = p.codes[start // per_byte : (start + step) // per_byte]
+        here.copy_(_values(codes, absmax[start // p.block : (start + step) // p.block + 1], p.kind, p.block, len(here)))
+    return out
+
+
+def _whole(tensor: Tensor) -> bool:
+    """Whether to unpack a layer at once: on a GPU, and where a compiler fuses the steps. A CPU goes by parts that fit
+    its cache: fresh memory for a whole dense layer costs more time there than the unpacking itself."""
+    return tensor.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def _values(codes: Tensor, absmax: Tensor, kind: str, block: int, n: int) -> Tensor:
+    """(n,) float32: level[code] · absmax of n consecutive weights that begin with a block."""
+    if kind == "int8":
+        values = _levels(kind, codes.device)[codes.view(-1).int()]
+    elif torch.compiler.is_compiling():
+        table, code = _levels(kind, codes.device), codes.view(-1).int()
+        values = torch.stack([table[code >> 4], table[code & 15]], 1).view(-1)
+    else:
+        values = torch.view_as_real(_pairs(kind, codes.device).index_select(0, codes.view(-1).int())).view(-1)
+    whole = n // block
+    values[: whole * block].view(whole, block).mul_(absmax[:whole].unsqueeze(1))
+    if n % block:
+        values[whole * block : n].mul_(absmax[whole])
+    return values[:n]
+
+
+def unpack_rows(p: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(which rows, those rows of W) of an (out, in) matrix, one small dense part after the other; a GPU takes it whole.
+
+    Each part is gone when the next one comes: a whole dense layer costs a CPU more time in fresh memory than to unpack.
+    """
+    out_features, in_features = p.shape
+    least = p.block // math.gcd(p.block, in_features)  # rows that are whole blocks together
+    rows = math.ceil(max(1, DENSE // in_features) / least) * least
+    if rows >= out_features or _whole(p.codes):
+        yield slice(None), unpack(p, dtype)
+        return
+    absmax, per_byte = scales(p), 1 if p.kind == "int8" else 2
+    for start in range(0, out_features, rows):
+        stop = min(start + rows, out_features)
+        first, last = start * in_features, stop * in_features
+        part = p._replace(codes=p.codes[first // per_byte : -(-last // per_byte)],
+                          absmax=absmax[first // p.block : -(-last // p.block)],
+                          nested_absmax=None, nested_levels=None, offset=None, shape=(stop - start, in_features))  # fmt: skip
+        yield slice(start, stop), unpack(part, dtype)

@@ -1,0 +1,223 @@
+"""A frozen linear layer in four bits, and whole models made of them. Any method on such a base is QLoRA."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attach import Targets, _is_tied, find_targets
+from .core import Adapted
+from .layers import is_linear, shape_of, weight_of
+from .nf4 import FLOATS, Packed, check_pack, not_finite, pack, unpack, unpack_rows
+from .sites import at, bare, group, put
+
+
+class PackedMatmul(torch.autograd.Function):
+    """y = x·Wᵀ + b, W packed and frozen. The backward pass unpacks W again: gx = gy·W needs neither x nor a dense W to
+    be kept, so all that waits for it is what the layer stores anyway. Shapes: x (..., in), W (out, in), y (..., out)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, b: Tensor | None, *packed) -> Tensor:
+        p = Packed(*packed)
+        ctx.save_for_backward(*packed[:5])
+        ctx.static = packed[5:]
+        parts = [F.linear(x, W) for _, W in unpack_rows(p, x.dtype)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return y if b is None else y.add_(b.to(y.dtype))
+
+    @staticmethod
+    def backward(ctx, gy: Tensor):
+        p, gx, gb = Packed(*ctx.saved_tensors, *ctx.static), None, None
+        if ctx.needs_input_grad[0]:
+            for rows, W in unpack_rows(p, gy.dtype):
+                part = gy[..., rows] @ W
+                gx = part if gx is None else gx.add_(part)
+        if ctx.needs_input_grad[1]:
+            gb = gy.flatten(0, -2).sum(0)
+        return gx, gb, *[None] * len(p)
+
+
+class NF4Linear(nn.Module):
+    """A linear layer whose frozen weights are packed in four bits: h = W₀x + b with W₀ ≈ level[code] · absmax.
+
+    layer: nn.Linear or GPT-2's Conv1D, whose weights are packed; its bias stays as it is. block, kind, double: see
+    `nf4.pack`. compute: the dtype it multiplies in, None for that of x (autocast has its say, as in nn.Linear).
+    Costs beside the packed weights: while it computes, a few MiB of dense rows on a CPU, all rows on a GPU; for the
+    backward pass nothing. Its state dict is that of bitsandbytes' Linear4bit, see nf4_files.py.
+    Raises ValueError for what `pack` refuses, another kind of layer, or a compute dtype that the device cannot do.
+    Source: Dettmers et al. 2023, arXiv:2305.14314, section 3, equation 5.
+    """
+
+    def __init__(self, layer: nn.Module, block: int = 64, kind: str = "nf4", double: bool = True,
+                 compute: torch.dtype | None = None):  # fmt: skip
+        super().__init__()
+        check_linear(layer)
+        self.out_features, self.in_features = shape_of(layer)
+        W = weight_of(layer)
+        check_compute(compute, W.device)
+        self.compute = compute
+        self.bias = layer.bias
+        self._put(pack(W, block, kind, double))
+
+    @classmethod
+    def of(cls, packed: Packed, bias: Tensor | None = None, compute: torch.dtype | None = None) -> NF4Linear:
+        """A layer of weights that are packed already, (out, in)."""
+        check_compute(compute, packed.codes.device)
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = packed.shape
+        self.compute, self.bias = compute, None
+        if bias is not None:
+            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+        self._put(packed)
+        return self
+
+    def _put(self, p: Packed) -> None:
+        for name, tensor in zip(("weight", *Packed._fields[1:5]), p[:5], strict=True):
+            self.register_buffer(name, tensor, persistent=False)  # nf4_files.py saves them, by bitsandbytes' names
+        self.dtype, self.kind, self.block = p.dtype, p.kind, p.block
+
+    @property
+    def packed(self) -> Packed:
+        """What it stores of its weights."""
+        return Packed(self.weight, self.absmax, self.nested_absmax, self.nested_levels, self.offset,
+                      (self.out_features, self.in_features), self.dtype, self.kind, self.block)  # fmt: skip
+
+    @property
+    def n_weights(self) -> int:
+        """The number of weights that the codes stand for."""
+        return self.out_features * self.in_features
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W (out, in), dense, in `dtype` (None: the weights' own before they were packed)."""
+        return unpack(self.packed, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        asked, kind = x.dtype, x.device.type
+        if torch.is_autocast_enabled(kind):
+            asked = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return PackedMatmul.apply(x.to(self.compute or asked), self.bias, *self.packed).to(asked)
+
+    def _apply(self, fn, recurse: bool = True):
+        """model.to(bfloat16) and the like: the scales stay float32, or all weights would change; only what a dense
+        copy of them would come out as follows."""
+        scales = {name: t for name, t in self._buffers.items() if t is not None and t.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, old in scales.items():
+            if self._buffers[name].dtype != torch.float32:
+                self._buffers[name] = old.to(self._buffers[name].device)
+                self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        from .nf4_files import to_state
+
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}weight{name}": tensor for name, tensor in to_state(self.packed).items()})
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        from .nf4_files import from_state
+
+        start = f"{prefix}weight"
+        mine = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict)
+                if key == start or key.startswith(f"{start}.")}  # fmt: skip
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        try:
+            p = from_state(mine, start)
+            if p.shape != self.packed.shape:
+                raise ValueError(f"{start}: a matrix of {p.shape} in the file, of {self.packed.shape} in the model")
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            self._put(Packed(*[t if t is None else t.to(self.weight.device) for t in p[:5]], *p[5:]))
+
+    def extra_repr(self) -> str:
+        return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+                f"kind={self.kind}, block={self.block}, {self.packed.bits:.2f} bits a weight")  # fmt: skip
+
+
+def check_linear(layer: nn.Module) -> None:
+    """ValueError unless it is a linear layer with dense weights."""
+    if hasattr(layer, "dequantize") or hasattr(layer.weight if is_linear(layer) else None, "quant_state"):
+        raise ValueError(f"this {type(layer).__name__} is quantised already; packing it again would only lose more")
+    shape_of(layer)
+
+
+def check_compute(dtype: torch.dtype | None, device: torch.device) -> None:
+    """ValueError if a device cannot multiply matrices of a dtype."""
+    if dtype is None or device.type == "meta":
+        return
+    if dtype not in FLOATS:
+        raise ValueError(f"cannot compute in {dtype}; float32, bfloat16 and float16 are possible")
+    emulated = device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(False)
+    try:
+        one = torch.ones(1, 1, dtype=dtype, device=device)
+        one @ one
+    except RuntimeError as error:
+        raise ValueError(f"{device} cannot compute in {dtype} ({error}); take float32") from None
+    if emulated:
+        raise ValueError(f"{device} has no bfloat16 of its own; take compute=torch.float16 or torch.float32")
+
+
+def quantize(model: nn.Module, skip: Targets = (), also: Targets = (), *, block: int = 64, kind: str = "nf4",
+             double: bool = True, compute: torch.dtype | None = None) -> nn.Module:  # fmt: skip
+    """Put an `NF4Linear` in the place of each frozen linear layer, one after the other, and return the model.
+
+    Embeddings, norms, the output head and what transformers keeps in float32 (T5's wo) stay as they are. skip, also:
+    paths of layers that stay too, or that do not, as `attach` takes them ("down_proj", "lm_head"). Adapters attached
+    before stay where they are, and merged ones are packed with their layer. A model fresh from its file, where all
+    trains, is frozen by this: four bits cannot be trained.
+    The dense weights of a layer are freed before the next one is packed, unless you hold them elsewhere.
+    Raises ValueError, and leaves the model as it was, for a layer that trains, shares its weights, is quantised
+    already or holds NaN, and for what `NF4Linear` refuses.
+    """
+    paths = _quantizable(model, skip, also)
+    for path in paths:
+        try:
+            _check(model, path, block, kind, compute)
+        except ValueError as error:
+            raise ValueError(f"{path!r} cannot be quantised: {error}") from None
+    if all(p.requires_grad for p in model.parameters()):
+        model.requires_grad_(False)
+    for path in paths:
+        site = at(model, path)
+        layer = NF4Linear(bare(site), block, kind, double, compute).train(site.training)
+        if isinstance(site, Adapted):
+            site.layer = layer
+            for adapter in site.adapters.values():
+                adapter.__dict__["layer"] = layer
+        else:
+            put(model, path, layer)
+        del site
+    return model
+
+
+def _quantizable(model: nn.Module, skip: Targets, also: Targets) -> list[str]:
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()),
+            *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
+    paths = [path for path in group(model, "all-linear") if not kept & set(path.split("."))]
+    paths += [path for path in (find_targets(model, also) if also else []) if path not in paths]
+    stay = find_targets(model, skip) if skip else []
+    if unknown := [path for path in stay if all(p != path and not p.startswith(f"{path}.") for p in paths)]:
+        raise ValueError(f"skip={skip!r}: {unknown[0]!r} would not be quantised anyway; leave it out of skip")
+    paths = [path for path in paths if not any(path == s or path.startswith(f"{s}.") for s in stay)]
+    if not paths:
+        raise ValueError(f"skip={skip!r} leaves no layer of {type(model).__name__} to quantise")
+    return paths
+
+
+def _check(model: nn.Module, path: str, block: int, kind: str, compute: torch.dtype | None) -> None:
+    """ValueError with the reason why the layer at `path` cannot be packed; nothing is changed."""
+    layer = bare(at(model, path))
+    check_linear(layer)
+    W = weight_of(layer)
+    if layer.weight.requires_grad and not all(p.requires_grad for p in model.parameters()):
+        raise ValueError("it trains, and four bits cannot be trained; freeze it (requires_grad_(False)), or skip it")
+    if _is_tied(model, path, layer):
+        raise ValueError("it shares its weight with another module, which would keep the dense one; skip it")
+    check_pack(W, block, kind)
+    check_compute(compute, W.device)
+    if not W.is_meta and not torch.stack(torch.aminmax(W)).isfinite().all():
+        raise ValueError(f"{not_finite(W)}")
