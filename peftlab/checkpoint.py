@@ -25,7 +25,13 @@ def save(folder: str | Path, groups: Mapping[str, Mapping[str, Tensor]], state: 
     from safetensors.torch import save as pack
 
     folder, text = Path(folder), json.dumps(state)
-    tensors = {f"{g}.{name}": t.detach().cpu().contiguous() for g, ts in groups.items() for name, t in ts.items()}
+    tensors, memory = {}, set()
+    for group, entries in groups.items():
+        for name, t in entries.items():
+            t = t.detach().cpu().contiguous()
+            shared = t.data_ptr() in memory  # 8-bit optimizers share a table, and safetensors wants each tensor apart
+            tensors[f"{group}.{name}"] = t.clone() if shared else t
+            memory.add(t.data_ptr())
     content = pack(tensors, metadata={"state": text, "sha256": _sum(tensors, text)})
     try:
         for left_behind in folder.glob(f".{FILE}.*"):  # by a process killed while it wrote
@@ -77,17 +83,14 @@ def flatten(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
     whole = optimizer.state_dict()
     groups = [{k: v for k, v in group.items() if isinstance(v, int | float | None)} for group in whole["param_groups"]]
     tensors, rest = {}, {}
-    for number, entries in whole["state"].items():
-        for key, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{number}.{key}"] = value
-            elif isinstance(value, int | float | None):
-                rest[f"{number}.{key}"] = value
-            else:
-                name = type(optimizer).__name__
-                raise TypeError(
-                    f"{name} keeps {key!r} as {type(value).__name__}: only tensors and numbers can be saved"
-                )
+    for path, value in _flat(whole["state"], end=".").items():
+        if isinstance(value, Tensor):
+            tensors[path] = value
+        elif isinstance(value, int | float | None):
+            rest[path] = value
+        else:
+            name, key = type(optimizer).__name__, path.partition(".")[2]
+            raise TypeError(f"{name} keeps {key!r} as {type(value).__name__}: only tensors and numbers can be saved")
     return tensors, {"groups": groups, "state": rest}
 
 
@@ -95,8 +98,11 @@ def unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest
     """Put back what `flatten` gave."""
     state: dict[int, dict[str, Any]] = {}
     for path, value in [*tensors.items(), *rest["state"].items()]:
-        number, key = path.split(".", 1)
-        state.setdefault(int(number), {})[key] = value
+        number, *inside, key = path.split(".")
+        entries = state.setdefault(int(number), {})
+        for name in inside:  # bitsandbytes keeps tensors in a dictionary of their own
+            entries = entries.setdefault(name, {})
+        entries[key] = value
     groups = [now | then for now, then in zip(optimizer.state_dict()["param_groups"], rest["groups"], strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -129,8 +135,8 @@ def compare(folder: str | Path, there: dict, here: dict) -> None:
         )
 
 
-def _flat(entries: dict, prefix: str = "") -> dict:
+def _flat(entries: dict, prefix: str = "", end: str = " ") -> dict:
     out: dict[str, Any] = {}
     for key, value in entries.items():
-        out |= _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        out |= _flat(value, f"{prefix}{key}{end}", end) if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out

@@ -19,6 +19,11 @@ def is_linear(layer: nn.Module) -> bool:
     return is_conv1d(layer) or (hasattr(layer, "in_features") and hasattr(layer, "out_features"))
 
 
+def is_quantised(layer: nn.Module) -> bool:
+    """Whether a layer keeps its weights in codes: ours, or bitsandbytes'."""
+    return hasattr(layer, "dequantize") or hasattr(getattr(layer, "weight", None), "quant_state")
+
+
 def shape_of(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer; a ValueError names any other kind."""
     if is_conv1d(layer):
@@ -60,6 +65,12 @@ def as_dense(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     if new.bias is not None or bias.any():
         new.bias = nn.Parameter(bias.clone(), requires_grad=False)
     return new
+
+
+def dense(layer: nn.Module) -> nn.Module:
+    """A linear layer that computes with the weights a quantised one stands for."""
+    W = weight_of(layer)
+    return as_dense(layer, W, W.new_zeros(len(W)) if layer.bias is None else layer.bias)
 
 
 def device_of(layer: nn.Module) -> torch.device:

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -34,6 +36,8 @@ STEPS = 65535  # of bitsandbytes' table for 8-bit codes
 SMALLEST = 1e-38  # an absmax below it counts as this much, so that its reciprocal is finite
 CACHED = 2**16  # weights worked on at a time while packing: float32 copies of them stay in a CPU core's cache
 DENSE = 2**21  # weights of a layer that are dense at a time on a CPU: 8 MiB
+
+TRITON = {"cuda"}  # kinds of devices on which Triton's kernels unpack, where they run; empty: plain tensor code does
 
 
 # --- the levels -----------------------------------------------------------------------------------------------------
@@ -66,45 +70,53 @@ def _dynamic() -> Tensor:
     return torch.cat([half, -half, torch.tensor([0.0, 1.0])]).sort().values
 
 
-KINDS: dict[str, Callable[[], Tensor]] = {
-    "nf4": _nf4,
-    "fp4": _fp4,
-    "int4": lambda: torch.arange(-7.0, 8.0),  # even steps, as many below zero as above it
-    "int8": lambda: torch.arange(-127.0, 128.0),
-    "dynamic8": _dynamic,
-}
+with torch.device("cpu"):  # whatever device the import happens under
+    LEVELS = {
+        "nf4": _nf4(),
+        "fp4": _fp4(),
+        "int4": torch.arange(-7.0, 8.0),  # even steps, as many below zero as above it
+        "int8": torch.arange(-127.0, 128.0),
+        "dynamic8": _dynamic(),
+    }
+for _kind, _values in LEVELS.items():
+    LEVELS[_kind] = _values / _values.abs().max()
 
 
 def levels(kind: str = "nf4") -> Tensor:
     """The values that the codes 0, 1, … stand for, −1 … 1: 16 of "nf4" and "fp4", 15 of "int4", 255 of "int8",
     256 of "dynamic8", the code of the second quantisation. Raises ValueError for another kind."""
-    return _levels(kind).clone()
+    check_kind(kind)
+    return LEVELS[kind].clone()
 
 
-@functools.cache
-def _levels(kind: str, device: torch.device = torch.device("cpu")) -> Tensor:
-    if kind not in KINDS:
-        raise ValueError(f"no data type {kind!r}; there are {', '.join(KINDS)}")
-    if device.type != "cpu":
-        return _levels(kind).to(device)
-    values = KINDS[kind]()
-    return values / values.abs().max()
+def check_kind(kind: str) -> None:
+    """ValueError unless there is such a data type."""
+    if kind not in LEVELS:
+        raise ValueError(f"no data type {kind!r}; there are {', '.join(LEVELS)}")
 
 
-@functools.cache
-def _bounds(kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Halfway between neighbouring levels, and the code of each level in ascending order (FP4's bits are in another)."""
-    order = torch.argsort(_levels(kind))
-    ascending = _levels(kind)[order]
-    return ((ascending[:-1] + ascending[1:]) / 2).to(device), order.to(device, torch.uint8)
+class Tables(NamedTuple):
+    """What packing and unpacking look up, of one kind on one device."""
+
+    levels: Tensor
+    bounds: Tensor  # halfway between neighbouring levels
+    order: Tensor  # uint8: the code of each level in ascending order, as FP4's bits are in another
+    pairs: Tensor  # (256,) complex64: the two weights a byte stands for, side by side: one look-up gives both
 
 
-@functools.cache
-def _pairs(kind: str, device: torch.device) -> Tensor:
-    """(256,) complex64: the two weights that a byte stands for, side by side as 8 bytes, so that one look-up gives both."""
-    byte = torch.arange(256)
-    table = F.pad(_levels(kind), (0, 16 - len(_levels(kind))))
-    return torch.view_as_complex(torch.stack([table[byte >> 4], table[byte & 15]], 1)).to(device)
+_TABLES: dict[tuple[str, torch.device], Tables] = {}
+
+
+def tables(kind: str, device: torch.device) -> Tables:
+    """Made once. A plain dict and no functools.cache, so that torch.compile sees tensors and not how they came to be."""
+    if (kind, device) not in _TABLES:
+        values, byte = LEVELS[kind], torch.arange(256, device="cpu")
+        order = torch.argsort(values)
+        bounds = (values[order][:-1] + values[order][1:]) / 2
+        nibbles = F.pad(values, (0, max(0, 16 - len(values))))
+        pairs = torch.view_as_complex(torch.stack([nibbles[byte >> 4], nibbles[byte & 15]], 1))
+        _TABLES[kind, device] = Tables(*[t.to(device) for t in (values, bounds, order.to(torch.uint8), pairs)])
+    return _TABLES[kind, device]
 
 
 # --- packing --------------------------------------------------------------------------------------------------------
@@ -147,7 +159,7 @@ def pack(W: Tensor, block: int = 64, kind: str = "nf4", double: bool = True) -> 
         for start in range(0, flat.numel(), step):
             part = flat[start : start + step].float()
             scaled = _scale(part, block, absmax[start // block :])
-            code = _nearest(scaled, kind)
+            code = _nearest(scaled, kind)[: len(part) + len(part) % per_byte]
             codes[start // per_byte :][: len(code) // per_byte, 0] = code if per_byte == 1 else code[::2] * 16 + code[1::2]
         if not absmax.isfinite().all():
             raise ValueError(not_finite(W))
@@ -159,7 +171,9 @@ def check_pack(W: Tensor, block: int, kind: str) -> None:
     """ValueError if `pack` cannot take this tensor, whatever its values."""
     if block not in BLOCKS:
         raise ValueError(f"block size {block} is none of {', '.join(map(str, BLOCKS))}")
-    _levels(kind)
+    check_kind(kind)
+    if kind == "dynamic8":
+        raise ValueError(f"'dynamic8' is for scales, not for weights; take {', '.join(k for k in LEVELS if k != kind)}")
     if W.dtype not in FLOATS:
         raise ValueError(f"weights of {W.dtype} cannot be packed; float32, bfloat16 and float16 can")
     if not W.numel():
@@ -190,7 +204,7 @@ def _scale(part: Tensor, block: int, absmax: Tensor) -> Tensor:
 
 def _nearest(scaled: Tensor, kind: str) -> Tensor:
     """The code of the nearest level, uint8: how many of the bounds between the levels are below the value."""
-    bounds, order = _bounds(kind, scaled.device)
+    _, bounds, order, _ = tables(kind, scaled.device)
     if len(bounds) > 16:
         return torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
     below, number = torch.empty_like(scaled), torch.zeros_like(scaled)  # comparing into floats is the fast way
@@ -207,14 +221,15 @@ def _pack_scales(p: Packed) -> Packed:
     offset = p.absmax.mean()
     if not p.absmax.is_meta and offset.isinf():  # their sum is beyond float32; bitsandbytes would store NaN
         offset = p.absmax.double().mean().float()
-    count, table = len(p.absmax), _levels("dynamic8", p.absmax.device).clone()
+    count, (table, bounds, *_) = len(p.absmax), tables("dynamic8", p.absmax.device)
     around = F.pad(p.absmax - offset, (0, -count % NESTED)).view(-1, NESTED)
     nested = around.abs().amax(1)
     scaled = (around * (1 / nested).unsqueeze(1)).clamp(-1, 1)
     step = ((scaled + 1) / 2).double().mul(STEPS).add(0.5).float().floor()  # float64: one rounding, as of a C fma
-    code = torch.bucketize(2 * step / STEPS - 1, _bounds("dynamic8", table.device)[0])
-    code = code.masked_fill((nested == 0).unsqueeze(1), 0)
-    return p._replace(absmax=code.view(-1)[:count].to(torch.uint8), nested_absmax=nested, nested_levels=table, offset=offset)
+    code = torch.bucketize(2 * step / STEPS - 1, bounds)
+    code = code.masked_fill(scaled.isnan(), 0)  # 0·∞: the mean itself, where all scales are the same or denormal
+    return p._replace(absmax=code.view(-1)[:count].to(torch.uint8), nested_absmax=nested, nested_levels=table.clone(),
+                      offset=offset)  # fmt: skip
 
 
 # --- unpacking ------------------------------------------------------------------------------------------------------
@@ -233,6 +248,8 @@ def unpack(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
     out = torch.empty(p.shape, dtype=dtype or p.dtype, device=p.codes.device)
     if p.codes.is_meta:
         return out
+    if triton := kernels(p):
+        return triton.dequantize(p, dtype)
     if _whole(p.codes):
         return _values(p.codes, scales(p), p.kind, p.block, math.prod(p.shape)).view(p.shape).to(out.dtype)
     flat, absmax, per_byte = out.view(-1), scales(p), 1 if p.kind == "int8" else 2
@@ -241,6 +258,29 @@ def unpack(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
         codes = p.codes[start // per_byte : (start + step) // per_byte]
         here.copy_(_values(codes, absmax[start // p.block : (start + step) // p.block + 1], p.kind, p.block, len(here)))
     return out
+
+
+def kernels(p: Packed) -> ModuleType | None:
+    """nf4_triton, where it can unpack this; None: plain tensor code does, as in torch.compile, which fuses it itself."""
+    if torch.compiler.is_compiling() or p.codes.device.type not in TRITON or p.kind == "int8":
+        return None
+    return _tried(p.codes.device)
+
+
+@functools.cache
+def _tried(device: torch.device) -> ModuleType | None:
+    """nf4_triton, if Triton is there and gives the right bits on this device."""
+    try:
+        from . import nf4_triton
+    except ImportError:
+        return None
+    try:
+        nf4_triton.try_out(device)
+    except Exception as error:  # no C compiler for what starts the kernels, a GPU that is too old for them, …
+        warnings.warn(f"Triton's kernels do not run on {device} ({error}); plain tensor code unpacks weights there, "
+                      "which is slower and takes more memory", stacklevel=2)  # fmt: skip
+        return None
+    return nf4_triton
 
 
 def _whole(tensor: Tensor) -> bool:
@@ -252,12 +292,12 @@ def _whole(tensor: Tensor) -> bool:
 def _values(codes: Tensor, absmax: Tensor, kind: str, block: int, n: int) -> Tensor:
     """(n,) float32: level[code] · absmax of n consecutive weights that begin with a block."""
     if kind == "int8":
-        values = _levels(kind, codes.device)[codes.view(-1).int()]
+        values = tables(kind, codes.device).levels[codes.view(-1).int()]
     elif torch.compiler.is_compiling():
-        table, code = _levels(kind, codes.device), codes.view(-1).int()
+        table, code = tables(kind, codes.device).levels, codes.view(-1).int()
         values = torch.stack([table[code >> 4], table[code & 15]], 1).view(-1)
     else:
-        values = torch.view_as_real(_pairs(kind, codes.device).index_select(0, codes.view(-1).int())).view(-1)
+        values = torch.view_as_real(tables(kind, codes.device).pairs.index_select(0, codes.view(-1).int())).view(-1)
     whole = n // block
     values[: whole * block].view(whole, block).mul_(absmax[:whole].unsqueeze(1))
     if n % block:

@@ -2,40 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attach import Targets, _is_tied, find_targets
 from .core import Adapted
-from .layers import is_linear, shape_of, weight_of
-from .nf4 import FLOATS, Packed, check_pack, not_finite, pack, unpack, unpack_rows
+from .layers import is_quantised, shape_of, weight_of
+from .nf4 import FLOATS, Packed, check_pack, kernels, not_finite, pack, unpack, unpack_rows
 from .sites import at, bare, group, put
 
 
 class PackedMatmul(torch.autograd.Function):
-    """y = x·Wᵀ + b, W packed and frozen. The backward pass unpacks W again: gx = gy·W needs neither x nor a dense W to
-    be kept, so all that waits for it is what the layer stores anyway. Shapes: x (..., in), W (out, in), y (..., out)."""
+    """y = x·Wᵀ, W packed and frozen. The backward pass unpacks W again: gx = gy·W needs neither x nor a dense W to be
+    kept, so all that waits for it is what the layer stores anyway. Shapes: x (..., in), W (out, in), y (..., out)."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, b: Tensor | None, *packed) -> Tensor:
-        p = Packed(*packed)
+    def forward(ctx, x: Tensor, *packed) -> Tensor:
         ctx.save_for_backward(*packed[:5])
-        ctx.static = packed[5:]
-        parts = [F.linear(x, W) for _, W in unpack_rows(p, x.dtype)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        return y if b is None else y.add_(b.to(y.dtype))
+        ctx.facts = packed[5:]
+        return (_opaque_product if torch.compiler.is_compiling() else product)(x, *packed)
 
     @staticmethod
     def backward(ctx, gy: Tensor):
-        p, gx, gb = Packed(*ctx.saved_tensors, *ctx.static), None, None
-        if ctx.needs_input_grad[0]:
-            for rows, W in unpack_rows(p, gy.dtype):
-                part = gy[..., rows] @ W
-                gx = part if gx is None else gx.add_(part)
-        if ctx.needs_input_grad[1]:
-            gb = gy.flatten(0, -2).sum(0)
-        return gx, gb, *[None] * len(p)
+        packed = (*ctx.saved_tensors, *ctx.facts)
+        gx = (_opaque_gradient if torch.compiler.is_compiling() else gradient)(gy, *packed)
+        return gx, *[None] * len(packed)
+
+
+def product(x: Tensor, *packed) -> Tensor:
+    """x·Wᵀ"""
+    p = Packed(*packed)
+    if (triton := kernels(p)) and triton.multiplies(p, x):
+        return triton.matmul(x, p)
+    parts = [F.linear(x, W) for _, W in unpack_rows(p, x.dtype)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def gradient(gy: Tensor, *packed) -> Tensor:
+    """gy·W"""
+    gx = None
+    for rows, W in unpack_rows(Packed(*packed), gy.dtype):
+        part = gy[..., rows] @ W
+        gx = part if gx is None else gx.add_(part)
+    return gx
+
+
+# For torch.compile each is one operation that it does not look into: it would merge the two unpackings of W into one
+# and keep the dense W from the forward to the backward pass, which is what QLoRA is there to avoid.
+@torch.library.custom_op("peftlab::packed_product", mutates_args=())
+def _opaque_product(
+    x: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_levels: Tensor | None,
+    offset: Tensor | None, shape: Sequence[int], dtype: torch.dtype, kind: str, block: int,
+) -> Tensor:  # fmt: skip
+    return product(x, codes, absmax, nested_absmax, nested_levels, offset, tuple(shape), dtype, kind, block)
+
+
+@torch.library.custom_op("peftlab::packed_gradient", mutates_args=())
+def _opaque_gradient(
+    gy: Tensor, codes: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_levels: Tensor | None,
+    offset: Tensor | None, shape: Sequence[int], dtype: torch.dtype, kind: str, block: int,
+) -> Tensor:  # fmt: skip
+    return gradient(gy, codes, absmax, nested_absmax, nested_levels, offset, tuple(shape), dtype, kind, block)
+
+
+@_opaque_product.register_fake
+def _(x, codes, absmax, nested_absmax, nested_levels, offset, shape, dtype, kind, block):
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+@_opaque_gradient.register_fake
+def _(gy, codes, absmax, nested_absmax, nested_levels, offset, shape, dtype, kind, block):
+    return gy.new_empty(*gy.shape[:-1], shape[1])
 
 
 class NF4Linear(nn.Module):
@@ -98,7 +138,8 @@ class NF4Linear(nn.Module):
         if torch.is_autocast_enabled(kind):
             asked = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
-            return PackedMatmul.apply(x.to(self.compute or asked), self.bias, *self.packed).to(asked)
+            y = PackedMatmul.apply(x.to(self.compute or asked), *self.packed)
+            return (y if self.bias is None else y + self.bias.to(y.dtype)).to(asked)
 
     def _apply(self, fn, recurse: bool = True):
         """model.to(bfloat16) and the like: the scales stay float32, or all weights would change; only what a dense
@@ -108,12 +149,13 @@ class NF4Linear(nn.Module):
         for name, old in scales.items():
             if self._buffers[name].dtype != torch.float32:
                 self._buffers[name] = old.to(self._buffers[name].device)
-                self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         from .nf4_files import to_state
 
+        destination[f"{prefix}weight"] = self.weight  # first, as in bitsandbytes' order
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({f"{prefix}weight{name}": tensor for name, tensor in to_state(self.packed).items()})
 
@@ -140,7 +182,7 @@ class NF4Linear(nn.Module):
 
 def check_linear(layer: nn.Module) -> None:
     """ValueError unless it is a linear layer with dense weights."""
-    if hasattr(layer, "dequantize") or hasattr(layer.weight if is_linear(layer) else None, "quant_state"):
+    if is_quantised(layer):
         raise ValueError(f"this {type(layer).__name__} is quantised already; packing it again would only lose more")
     shape_of(layer)
 
@@ -186,7 +228,7 @@ def quantize(model: nn.Module, skip: Targets = (), also: Targets = (), *, block:
         layer = NF4Linear(bare(site), block, kind, double, compute).train(site.training)
         if isinstance(site, Adapted):
             site.layer = layer
-            for adapter in site.adapters.values():
+            for adapter in site.adapters.values() if site.original is None else ():  # merged: theirs is the original
                 adapter.__dict__["layer"] = layer
         else:
             put(model, path, layer)

@@ -13,6 +13,7 @@ import difflib
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -28,6 +29,12 @@ from .log import Log
 from .rows import Row, collate, digest, encode, kind_of, order
 from .runtime import accelerator_on, mode, stream
 
+OPTIMIZERS = {  # name -> what bitsandbytes calls it; None: AdamW of torch
+    "adamw": None,
+    "adamw8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW",
+    "paged_adamw8bit": "PagedAdamW8bit",
+}
 SCHEDULES: dict[str, Callable[[float], float]] = {  # progress after the warm-up, 0 to 1 -> factor on the learning rate
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
     "linear": lambda progress: 1 - progress,
@@ -48,7 +55,8 @@ class Settings:
     clip: float | None = 1.0  # longest gradient (L2 norm over all trained parameters); None: not clipped
     accumulation: int = 1  # micro-batches that a batch is cut into: less memory, the same gradient
     seed: int = 0  # order of the rows and dropout
-    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None  # None: AdamW, fused
+    # a name of OPTIMIZERS (8 bits a state; paged: moved to CPU memory when the GPU's is full) or your own function
+    optimizer: str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] = "adamw"
     valid: Any = None  # rows for a validation loss
     valid_every: int = 50  # steps between two validations
     patience: int | None = None  # validations without a new best before stopping; the best parameters are put back
@@ -69,6 +77,8 @@ class Settings:
         need(self.accumulation <= self.batch_size, "accumulation", f"more micro-batches than rows ({self.batch_size})")
         need(self.lr > 0 and math.isfinite(self.lr), "lr", "must be a positive number")
         need(0 <= self.warmup < 1, "warmup", "is a fraction of the steps: 0 ≤ warmup < 1")
+        known = callable(self.optimizer) or self.optimizer in OPTIMIZERS
+        need(known, "optimizer", f"must be one of {list(OPTIMIZERS)} or a function from parameters to an optimizer")
         known = callable(self.schedule) or self.schedule in SCHEDULES
         need(known, "schedule", f"must be a function or one of {list(SCHEDULES)}")
         need(self.clip is None or self.clip > 0, "clip", "must be positive, or None for no clipping")
@@ -307,7 +317,14 @@ def _check(value: float, what: str, step: int, optimizer: torch.optim.Optimizer)
 
 
 def _optimizer(parameters: list[nn.Parameter], s: Settings) -> torch.optim.Optimizer:
-    if s.optimizer is None:
+    """As named, or made by the caller's function. bitsandbytes' own need a GPU: elsewhere AdamW, and a warning."""
+    if isinstance(s.optimizer, str):
+        theirs, device = OPTIMIZERS[s.optimizer], parameters[0].device
+        if theirs is not None and device.type == "cuda":
+            return _bitsandbytes(theirs, s.optimizer)(parameters, lr=s.lr, weight_decay=s.weight_decay)
+        if theirs is not None:
+            warnings.warn(f"optimizer={s.optimizer!r} saves memory on a GPU; on {device} plain AdamW runs in its place, "
+                          "the same rule with float32 states", stacklevel=2)  # fmt: skip
         fused = all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)  # one kernel instead of ten per tensor
         return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=fused)
     optimizer = s.optimizer(parameters)
@@ -316,6 +333,15 @@ def _optimizer(parameters: list[nn.Parameter], s: Settings) -> torch.optim.Optim
     if any(not p.requires_grad for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(f"{type(optimizer).__name__} holds a frozen parameter: give it only those it is called with")
     return optimizer
+
+
+def _bitsandbytes(kind: str, asked: str) -> type[torch.optim.Optimizer]:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError(f"optimizer={asked!r} is one of bitsandbytes, which cannot be imported ({error}): install it "
+                          "(pip install bitsandbytes), or take optimizer=\"adamw\"") from error  # fmt: skip
+    return getattr(bitsandbytes.optim, kind)
 
 
 def _description(s: Settings, optimizer: torch.optim.Optimizer, rows: list[Row], valid: list[Row], world: int) -> dict:

@@ -7,13 +7,14 @@ import copy
 from torch import nn
 
 from ..core import Adapter
+from ..layers import dense, is_quantised
 
 
 class ModuleCopy(Adapter):
     """A copy of the module, trained in full in its place: for new heads and other parts that must change entirely.
 
     y = f′(x), with f′ the copy; the frozen module stays, so the copy is switched, mixed, merged like any adapter.
-    Trained: every parameter of the module. In HF PEFT's files: `modules_to_save`, beside any other method.
+    The copy of a quantised layer is dense. Trained: every parameter of the module. In HF PEFT's files: `modules_to_save`, beside any other method.
     Source: modules_to_save of HF PEFT, docs of LoraConfig; its use for heads: Hu et al. 2021, arXiv:2106.09685, 5.1.
     """
 
@@ -21,9 +22,12 @@ class ModuleCopy(Adapter):
 
     def __init__(self, layer: nn.Module):
         super().__init__(layer)
-        if next(layer.parameters(), None) is None:
+        copied = dense(layer) if is_quantised(layer) else copy.deepcopy(layer)
+        if next(copied.parameters(), None) is None:
             raise ValueError(f"{type(layer).__name__} has no parameters to train; choose another module")
-        self.module = copy.deepcopy(layer).requires_grad_(True)
+        if inner := next((n for n, m in copied.named_modules() if is_quantised(m)), None):
+            raise ValueError(f"its {inner!r} is quantised and cannot be trained; choose modules inside of it")
+        self.module = copied.requires_grad_(True)
 
     @staticmethod
     def size(out_features: int, in_features: int, bias: bool = True, **_) -> int:
