@@ -244,8 +244,12 @@ def _tensors(
 def _own(module: nn.Module, path: str, owner: Owner):
     packed = getattr(module, "n_weights", None)  # a layer that keeps that many frozen weights in integer codes
     if isinstance(packed, int):
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        yield path, owner, module, "weight", max(tensors, key=lambda t: not t.is_floating_point()), packed
+        tensors = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+        codes = next(name for name, t in tensors.items() if not t.is_floating_point())
+        yield path, owner, module, "weight", tensors[codes], packed
+        for name, scale in module.named_buffers(recurse=False):  # bytes, but no parameters of the model
+            if name != codes:
+                yield path, owner, module, name, scale, 0
     for name, parameter in module.named_parameters(recurse=False):
         if packed is None or parameter.is_floating_point():
             shape = getattr(getattr(parameter, "quant_state", None), "shape", None)  # bitsandbytes: two codes a byte

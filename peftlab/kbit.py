@@ -3,12 +3,12 @@
 peft's `prepare_model_for_kbit_training` does four things to a model whose linear layers are packed:
 1. it freezes the base: `attach` does that;
 2. it makes the embedding's output require a gradient, so that gradient checkpointing of the reentrant kind finds one to
-   keep: transformers' `activation_checkpointing_enable()` does that itself, and its default kind needs none;
+   keep: transformers' `gradient_checkpointing_enable()` does that itself, and its default kind needs none;
 3. it turns gradient checkpointing on: worth a line of your own, for it trades a second forward pass for memory;
 4. it casts everything that is not packed from 16 to 32 bits: embeddings, norms and the output head. Norms and the loss
    compute in float32 anyway, and what trains, the adapter, is float32 without it. This is the expensive one; see `cost`.
 
-So QLoRA is `quantize(model)`, `attach(model, LoRA, …)`, `model.activation_checkpointing_enable()`, and training.
+So QLoRA is `quantize(model)`, `attach(model, LoRA, …)`, `model.gradient_checkpointing_enable()`, and training.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,7 +35,7 @@ BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STEPS = 65535  # of bitsandbytes' table for 8-bit codes
 SMALLEST = 1e-38  # an absmax below it counts as this much, so that its reciprocal is finite
-CACHED = 2**16  # weights worked on at a time while packing: float32 copies of them stay in a CPU core's cache
+CACHED = 2**17  # weights worked on at a time: float32 copies of them stay in a CPU core's cache
 DENSE = 2**21  # weights of a layer that are dense at a time on a CPU: 8 MiB
 
 TRITON = {"cuda"}  # kinds of devices on which Triton's kernels unpack, where they run; empty: plain tensor code does
@@ -101,7 +102,7 @@ class Tables(NamedTuple):
     levels: Tensor
     bounds: Tensor  # halfway between neighbouring levels
     order: Tensor  # uint8: the code of each level in ascending order, as FP4's bits are in another
-    pairs: Tensor  # (256,) complex64: the two weights a byte stands for, side by side: one look-up gives both
+    weights: Tensor  # (256, 2) what a byte stands for, two weights side by side: one look-up gives both; int8: (255, 1)
 
 
 _TABLES: dict[tuple[str, torch.device], Tables] = {}
@@ -113,9 +114,9 @@ def tables(kind: str, device: torch.device) -> Tables:
         values, byte = LEVELS[kind], torch.arange(256, device="cpu")
         order = torch.argsort(values)
         bounds = (values[order][:-1] + values[order][1:]) / 2
-        nibbles = F.pad(values, (0, max(0, 16 - len(values))))
-        pairs = torch.view_as_complex(torch.stack([nibbles[byte >> 4], nibbles[byte & 15]], 1))
-        _TABLES[kind, device] = Tables(*[t.to(device) for t in (values, bounds, order.to(torch.uint8), pairs)])
+        if (weights := values.unsqueeze(1)).shape[0] <= 16:
+            weights = F.pad(values, (0, 16 - len(values)))[torch.stack([byte >> 4, byte & 15], 1)]
+        _TABLES[kind, device] = Tables(*[t.to(device) for t in (values, bounds, order.to(torch.uint8), weights)])
     return _TABLES[kind, device]
 
 
@@ -146,7 +147,7 @@ def pack(W: Tensor, block: int = 64, kind: str = "nf4", double: bool = True) -> 
     """Weights of any shape in float32, bfloat16 or float16 -> their codes and scales, in blocks along the last dimension.
 
     block: weights that share a scale, a power of two from 32 to 4096. kind: see `levels`. double: pack the scales too.
-    Takes about 1 MiB beside what it returns. A tensor on "meta" gives the shapes alone.
+    Takes about 2 MiB beside what it returns. A tensor on "meta" gives the shapes alone.
     Raises ValueError for a block size, kind or dtype there is not, an empty tensor, or a weight that is NaN or infinite.
     """
     check_pack(W, block, kind)
@@ -239,25 +240,22 @@ def scales(p: Packed) -> Tensor:
     """The absmax of each block, (b,) float32: as stored, or put together again after double quantisation."""
     if p.nested_absmax is None:
         return p.absmax
-    value = p.nested_levels[p.absmax.int()]
-    return value * p.nested_absmax.repeat_interleave(NESTED)[: len(value)] + p.offset
+    code = F.pad(p.absmax, (0, -len(p.absmax) % NESTED)).int()
+    value = p.nested_levels.index_select(0, code).view(-1, NESTED)
+    return (value * p.nested_absmax.unsqueeze(1) + p.offset).view(-1)[: len(p.absmax)]
 
 
 def unpack(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """The weights that the codes stand for, level · absmax, in `dtype` (None: their own before they were packed)."""
-    out = torch.empty(p.shape, dtype=dtype or p.dtype, device=p.codes.device)
+    dtype, n = dtype or p.dtype, math.prod(p.shape)
     if p.codes.is_meta:
-        return out
+        return torch.empty(p.shape, dtype=dtype, device="meta")
     if triton := kernels(p):
         return triton.dequantize(p, dtype)
     if _whole(p.codes):
-        return _values(p.codes, scales(p), p.kind, p.block, math.prod(p.shape)).view(p.shape).to(out.dtype)
-    flat, absmax, per_byte = out.view(-1), scales(p), 1 if p.kind == "int8" else 2
-    for start in range(0, len(flat), step := max(CACHED, p.block)):
-        here = flat[start : start + step]
-        codes = p.codes[start // per_byte : (start + step) // per_byte]
-        here.copy_(_values(codes, absmax[start // p.block : (start + step) // p.block + 1], p.kind, p.block, len(here)))
-    return out
+        values = tables(p.kind, p.codes.device).weights[p.codes.view(-1).int()].view(-1)
+        return _rescale(values, scales(p), p.block)[:n].view(p.shape).to(dtype)
+    return _fill(_room(n, dtype), p.codes.view(-1), scales(p), p.kind, p.block).view(p.shape)
 
 
 def kernels(p: Packed) -> ModuleType | None:
@@ -289,38 +287,59 @@ def _whole(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu" or torch.compiler.is_compiling()
 
 
-def _values(codes: Tensor, absmax: Tensor, kind: str, block: int, n: int) -> Tensor:
-    """(n,) float32: level[code] · absmax of n consecutive weights that begin with a block."""
-    if kind == "int8":
-        values = tables(kind, codes.device).levels[codes.view(-1).int()]
-    elif torch.compiler.is_compiling():
-        table, code = tables(kind, codes.device).levels, codes.view(-1).int()
-        values = torch.stack([table[code >> 4], table[code & 15]], 1).view(-1)
-    else:
-        values = torch.view_as_real(tables(kind, codes.device).pairs.index_select(0, codes.view(-1).int())).view(-1)
-    whole = n // block
+def _room(n: int, dtype: torch.dtype) -> Tensor:
+    """(n,) fresh memory on a CPU, from numpy: it asks Linux for huge pages where n is large. To be given 64 MiB in pages
+    of 4 KiB, each cleared when it is first touched, would take longer than to unpack a matrix into them."""
+    return torch.from_numpy(np.empty(n * dtype.itemsize, np.uint8)).view(dtype)
+
+
+def _fill(out: Tensor, codes: Tensor, absmax: Tensor, kind: str, block: int) -> Tensor:
+    """`out` (n,) with level[code] · absmax of weights that begin with a block, by parts that fit a CPU core's cache.
+
+    The two weights of a byte move as one complex number: that is 8 bytes for torch, whatever they mean.
+    """
+    table = tables(kind, out.device).weights
+    per_byte, one = table.shape[1], torch.float32 if kind == "int8" else torch.complex64
+    for start in range(0, len(out), step := max(CACHED, block)):
+        here = out[start : start + step]
+        code = codes[start // per_byte : (start + step) // per_byte].int()
+        values = here
+        if here.dtype != torch.float32 or len(here) % per_byte:
+            values = here.new_empty(len(code) * per_byte, dtype=torch.float32)
+        torch.index_select(table.view(one).view(-1), 0, code, out=values.view(one))
+        _rescale(values, absmax[start // block :], block)
+        if values is not here:
+            here.copy_(values[: len(here)])
+    return out
+
+
+def _rescale(values: Tensor, absmax: Tensor, block: int) -> Tensor:
+    """Multiply consecutive values by the absmax of their block, in place."""
+    whole = len(values) // block
     values[: whole * block].view(whole, block).mul_(absmax[:whole].unsqueeze(1))
-    if n % block:
-        values[whole * block : n].mul_(absmax[whole])
-    return values[:n]
+    if len(values) % block:
+        values[whole * block :].mul_(absmax[whole])
+    return values
 
 
-def unpack_rows(p: Packed, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def unpack_rows(p: Packed, dtype: torch.dtype, beside: int = 0) -> Iterator[tuple[slice, Tensor]]:
     """(which rows, those rows of W) of an (out, in) matrix, one small dense part after the other; a GPU takes it whole.
 
-    Each part is gone when the next one comes: a whole dense layer costs a CPU more time in fresh memory than to unpack.
+    All parts take the same memory, so use one before you ask for the next: fresh memory for a whole dense layer costs
+    a CPU more time than to unpack. beside: numbers that the parts are multiplied with; a part may be as many, because
+    a large product loses more by being cut than is gained.
     """
     out_features, in_features = p.shape
     least = p.block // math.gcd(p.block, in_features)  # rows that are whole blocks together
-    rows = math.ceil(max(1, DENSE // in_features) / least) * least
+    rows = math.ceil(max(1, DENSE // in_features, beside // in_features) / least) * least
     if rows >= out_features or _whole(p.codes):
-        yield slice(None), unpack(p, dtype)
+        yield slice(0, out_features), unpack(p, dtype)
         return
-    absmax, per_byte = scales(p), 1 if p.kind == "int8" else 2
+    codes, absmax, per_byte = p.codes.view(-1), scales(p), 1 if p.kind == "int8" else 2
+    room = _room(rows * in_features, dtype)
     for start in range(0, out_features, rows):
         stop = min(start + rows, out_features)
         first, last = start * in_features, stop * in_features
-        part = p._replace(codes=p.codes[first // per_byte : -(-last // per_byte)],
-                          absmax=absmax[first // p.block : -(-last // p.block)],
-                          nested_absmax=None, nested_levels=None, offset=None, shape=(stop - start, in_features))  # fmt: skip
-        yield slice(start, stop), unpack(part, dtype)
+        W = _fill(room[: last - first], codes[first // per_byte : -(-last // per_byte)], absmax[first // p.block :],
+                  p.kind, p.block)  # fmt: skip
+        yield slice(start, stop), W.view(-1, in_features)

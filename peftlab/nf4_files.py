@@ -6,7 +6,7 @@
     weight.nested_absmax, .nested_quant_map    (⌈b/256⌉,), (256,) float32, with double quantisation
     weight.quant_state.bitsandbytes__nf4       uint8              JSON: block size, shape, dtype, the mean, …
 
-Only safetensors and JSON are read and written. How transformers reads a checkpoint tensor by tensor: nf4_loading.py.
+Only safetensors and JSON are read and written. Whole models are read in nf4_loading.py.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import Targets, hosts
+from .attach import hosts
 from .layers import is_linear
 from .nf4 import BLOCKS, FLOATS, LEVELS, NESTED, Packed, levels
-from .nf4_layer import NF4Linear, check_compute
+from .nf4_layer import NF4Linear
 from .sites import bare, sites
 
 STATE = ".quant_state.bitsandbytes__"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 KINDS = tuple(kind for kind in LEVELS if kind != "dynamic8")  # of weights
+OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # files of weights, as all tools name them
 AGAIN = "copy or download the file again"
 
 
@@ -44,10 +43,10 @@ AGAIN = "copy or download the file again"
 
 def to_state(p: Packed) -> dict[str, Tensor]:
     """Suffix after "weight" -> tensor, in bitsandbytes' names, order and layout."""
-    facts = {"quant_type": p.kind, "blocksize": p.block, "dtype": str(p.dtype).removeprefix("torch."),
-             "shape": list(p.shape)}  # fmt: skip
+    facts: dict[str, Any] = {"quant_type": p.kind, "blocksize": p.block, "dtype": str(p.dtype).removeprefix("torch."),
+                             "shape": list(p.shape)}  # fmt: skip
     tensors = {"": p.codes, ".absmax": p.absmax, ".quant_map": levels(p.kind).to(p.codes.device)}
-    if p.nested_absmax is not None:
+    if p.nested_absmax is not None and p.nested_levels is not None and p.offset is not None:
         offset = 0.0 if p.offset.is_meta else p.offset.item()
         facts |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": offset}
         tensors |= {".nested_absmax": p.nested_absmax, ".nested_quant_map": p.nested_levels}
@@ -55,7 +54,7 @@ def to_state(p: Packed) -> dict[str, Tensor]:
 
 
 def from_state(tensors: Mapping[str, Tensor], name: str = "weight") -> Packed:
-    """What `to_state` gave, read back. Raises ValueError, naming the weight, for parts that are missing or do not fit."""
+    """What `to_state` gave, read back. ValueError, naming the weight, for parts that are missing or do not fit."""
     try:
         return _from_state(tensors)
     except ValueError as error:
@@ -65,10 +64,11 @@ def from_state(tensors: Mapping[str, Tensor], name: str = "weight") -> Packed:
 def _from_state(tensors: Mapping[str, Tensor]) -> Packed:
     found = [key for key in tensors if key.startswith(STATE)]
     if len(found) != 1:
-        raise ValueError(f"has {len(found)} tensors named {STATE}…, one is needed: it is not packed in four bits, or parts "
-                         f"of it are missing; {AGAIN}")  # fmt: skip
+        raise ValueError(f"has {len(found)} tensors named {STATE}…, one is needed: it is not packed in four bits, or "
+                         f"parts of it are missing; {AGAIN}")  # fmt: skip
     facts = _facts(tensors[found[0]])
-    kind, block, shape, double = facts["quant_type"], facts["blocksize"], tuple(facts["shape"]), "nested_offset" in facts
+    kind, block, shape = facts["quant_type"], facts["blocksize"], tuple(facts["shape"])
+    double = "nested_offset" in facts
     if kind not in KINDS or found[0] != STATE + kind:
         raise ValueError(f"is packed as {kind!r} by {found[0]!r}; there are {', '.join(KINDS)}")
     if block not in BLOCKS:
@@ -78,31 +78,33 @@ def _from_state(tensors: Mapping[str, Tensor]) -> Packed:
     expected = {"": (torch.uint8, n if kind == "int8" else math.ceil(n / 2)), ".absmax": (scale, blocks),
                 ".quant_map": (torch.float32, len(levels(kind)))}  # fmt: skip
     if double:
-        expected |= {".nested_absmax": (torch.float32, math.ceil(blocks / NESTED)), ".nested_quant_map": (torch.float32, 256)}
+        nested = math.ceil(blocks / NESTED)
+        expected |= {".nested_absmax": (torch.float32, nested), ".nested_quant_map": (torch.float32, 256)}
     part = {}
     for suffix, (dtype, count) in expected.items():
+        said = f"'weight{suffix}'"
         if suffix not in tensors:
-            raise ValueError(f"has no part {'weight' + suffix!r}; {AGAIN}")
+            raise ValueError(f"has no part {said}; {AGAIN}")
         tensor = tensors[suffix].contiguous().view(-1)
         if not suffix:  # codes can be stored as other dtypes, for tools that shard only floats: the bytes are the same
             tensor = tensor.view(torch.uint8)
         if (tensor.dtype, len(tensor)) != (dtype, count):
-            raise ValueError(f"holds {len(tensor):,} {tensor.dtype} in {'weight' + suffix!r}; a {shape} matrix in blocks of "
-                             f"{block} needs {count:,} {dtype}: truncated or damaged; {AGAIN}")  # fmt: skip
+            raise ValueError(f"holds {len(tensor):,} {tensor.dtype} in {said}; a {shape} matrix in blocks of {block} "
+                             f"needs {count:,} {dtype}: truncated or damaged; {AGAIN}")  # fmt: skip
         if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
-            raise ValueError(f"holds NaN or inf in {'weight' + suffix!r}: damaged; {AGAIN}")
+            raise ValueError(f"holds NaN or inf in {said}: damaged; {AGAIN}")
         part[suffix] = tensor
     _check_levels(part[".quant_map"], kind, "weight.quant_map")
     if double:
         _check_levels(part[".nested_quant_map"], "dynamic8", "weight.nested_quant_map")
-        offset = torch.tensor(facts["nested_offset"], device=part[""].device)
-    return Packed(part[""].view(-1, 1), part[".absmax"], part[".nested_absmax"] if double else None,
-                  part[".nested_quant_map"] if double else None, offset if double else None,
-                  shape, getattr(torch, facts["dtype"]), kind, block)  # fmt: skip
+        part["mean"] = torch.tensor(float(facts["nested_offset"]), device=part[""].device)
+    return Packed(part[""].view(-1, 1), part[".absmax"], part.get(".nested_absmax"), part.get(".nested_quant_map"),
+                  part.get("mean"), shape, getattr(torch, facts["dtype"]), kind, block)  # fmt: skip
 
 
 def _check_levels(table: Tensor, kind: str, part: str) -> None:
-    if not table.is_meta and not torch.allclose(table.cpu(), levels(kind), rtol=0, atol=1e-6):  # last bits: other machines
+    same = table.is_meta or torch.allclose(table.cpu(), levels(kind), rtol=0, atol=1e-6)  # another machine's last bits
+    if not same:
         raise ValueError(f"has other levels than {kind} in {part!r}; quantise the original weights again")
 
 
@@ -113,16 +115,17 @@ def _facts(packed: Tensor) -> dict[str, Any]:
         double = "nested_offset" in facts
         whole = [facts["blocksize"], *facts["shape"]] + ([facts["nested_blocksize"]] if double else [])
         if not all(type(number) is int and number > 0 for number in whole) or not facts["shape"]:
-            raise ValueError(f"blocksize and shape are {whole}")
+            raise ValueError(f"block size and shape are {whole}")
         if facts["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in FLOATS]:
             raise ValueError(f"dtype is {facts['dtype']!r}")
+        if not isinstance(facts["quant_type"], str):
+            raise ValueError(f"quant_type is {facts['quant_type']!r}")
         if double and not math.isfinite(facts["nested_offset"]):
             raise ValueError(f"nested_offset is {facts['nested_offset']}")
-        str.__len__(facts["quant_type"])
     except (ValueError, TypeError, KeyError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"has damaged JSON in 'weight{STATE}…' ({reason}); {AGAIN}") from None
-    if double and (facts["nested_blocksize"], facts.get("nested_dtype", "float32")) != (NESTED, "float32"):
+    if double and (facts["nested_blocksize"], facts.get("nested_dtype")) != (NESTED, "float32"):
         raise ValueError(f"packs its scales in blocks of {facts['nested_blocksize']} {facts.get('nested_dtype')}; only "
                          f"{NESTED} float32 can be read: quantise the original weights again")  # fmt: skip
     return facts
@@ -145,7 +148,7 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike, max_shard_size: 
     settings = _settings(model)
     config = copy.deepcopy(model.config)
     config.quantization_config, config.architectures = settings, [type(model).__name__]
-    config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    config.dtype = _dtype(model)
     with _filled(Path(folder)) as new:
         config.save_pretrained(new)
         if getattr(model, "generation_config", None) is not None:
@@ -156,11 +159,10 @@ def save_quantized(model: nn.Module, folder: str | os.PathLike, max_shard_size: 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
     """quantization_config, as transformers writes it for bitsandbytes; ValueError for what it cannot express."""
-    if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
+    if not hasattr(getattr(model, "config", None), "save_pretrained"):
         raise ValueError(f"{type(model).__name__} is no transformers model; save its state_dict() with safetensors")
     if any(host.merged for host in hosts(model).values()):
-        raise ValueError("adapters are merged into the weights; unmerge(model) first, or quantize(model) to pack the merged "
-                         "weights and detach the adapters")  # fmt: skip
+        raise ValueError("adapters are merged into the weights; unmerge(model) first, and save them with save_adapter")
     linear = {path: bare(site) for path, site in sites(model).items() if is_linear(bare(site))}
     packed = {path: layer for path, layer in linear.items() if isinstance(layer, NF4Linear)}
     if not packed:
@@ -168,14 +170,14 @@ def _settings(model: nn.Module) -> dict[str, Any]:
                          "model.save_pretrained(folder) for a dense one")  # fmt: skip
     for path, layer in packed.items():
         if layer.kind not in ("nf4", "fp4"):
-            raise ValueError(f"{path!r} is packed as {layer.kind}, which bitsandbytes' files cannot hold; quantise the model "
-                             "with kind='nf4' or 'fp4' to save it")  # fmt: skip
-    rest = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    ways = {(layer.kind, layer.block, layer.nested_absmax is not None, layer.compute or rest) for layer in packed.values()}
+            raise ValueError(f"{path!r} is packed as {layer.kind}, which bitsandbytes' files cannot hold; quantise the "
+                             "original model with kind='nf4' or 'fp4'")  # fmt: skip
+    ways = {(layer.kind, layer.block, layer.packed.offset is not None, layer.compute or _dtype(model))
+            for layer in packed.values()}  # fmt: skip
     if len(ways) > 1:
         listed = "; ".join(f"kind={k!r}, block={b}, double={d}, compute={c}" for k, b, d, c in sorted(ways, key=str))
-        raise ValueError(f"its layers are packed in {len(ways)} ways ({listed}), and config.json holds one: quantise the "
-                         "original model in one way")  # fmt: skip
+        raise ValueError(f"its layers are packed in {len(ways)} ways ({listed}), and config.json holds one: quantise "
+                         "the original model in one way")  # fmt: skip
     ((kind, _, double, compute),) = ways
     dense = [path for path in linear if path not in packed]
     _check_choice(model, packed, dense)
@@ -186,6 +188,11 @@ def _settings(model: nn.Module) -> dict[str, Any]:
             "llm_int8_enable_fp32_cpu_offload": False, "llm_int8_has_fp16_weight": False}  # fmt: skip
 
 
+def _dtype(model: nn.Module) -> torch.dtype:
+    """That of the weights which are not packed."""
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
 def _check_choice(model: nn.Module, packed: Mapping[str, nn.Module], dense: list[str]) -> None:
     """ValueError if transformers, told to skip the dense layers, would not take the packed ones for packed."""
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -193,8 +200,9 @@ def _check_choice(model: nn.Module, packed: Mapping[str, nn.Module], dense: list
     skipped = dense + list(getattr(model, "_keep_in_fp32_modules", None) or ())
     for path in packed:
         if not should_convert_module(path, skipped):
-            raise ValueError(f"{path!r} is packed, but transformers would take it for dense: it goes by the names of the "
-                             f"dense layers and of those it keeps in float32. Quantise with skip={path!r}")  # fmt: skip
+            raise ValueError(f"{path!r} is packed, but transformers would take it for dense: it goes by the names of "
+                             "the dense layers and of those it keeps in float32. Quantise the original model with "
+                             f"skip={path!r}")  # fmt: skip
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -219,7 +227,7 @@ def _filled(folder: Path) -> Iterator[Path]:
             os.chmod(file, 0o644)  # some libraries write private files
             with file.open("rb+") as f:
                 os.fsync(f.fileno())
-        old = {file for file in folder.iterdir() if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", file.name)}
+        old = {file for file in folder.iterdir() if OURS.fullmatch(file.name)}
         for file in new:
             os.replace(file, folder / file.name)
         for file in old - {folder / file.name for file in new}:
@@ -229,105 +237,3 @@ def _filled(folder: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-# --- a model, read --------------------------------------------------------------------------------------------------
-
-
-def _folder(name: str) -> Path:
-    """The folder itself, or the Hub's files in the local cache: what is safetensors and JSON."""
-    from huggingface_hub import snapshot_download
-
-    from .base import _missing
-
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"]))
-    except (OSError, ValueError) as error:
-        raise _missing(name, RuntimeError(str(error).strip().split("\n")[0])) from None
-
-
-def _config(folder: Path, name: str):
-    from transformers import AutoConfig
-
-    from .base import _missing
-
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise _missing(name, RuntimeError(str(error).strip().split("\n")[0])) from None
-
-
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; FileNotFoundError or ValueError that says what is missing."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        pickled = any((folder / name).exists() for name in PICKLED)
-        raise FileNotFoundError(f"{folder} has no {WEIGHTS}" + (
-            "; pytorch_model.bin is pickle, which can run any code and is not read: load it with transformers where you trust "
-            "it and write it anew (save_pretrained writes safetensors)" if pickled else ""))  # fmt: skip
-    try:
-        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / INDEX} is damaged ({error!r}); copy or download it again") from None
-    for name in sorted(names):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks the shard {name!r} that {INDEX} names; copy or download it")
-    return [folder / name for name in sorted(names)]
-
-
-def load_quantized(
-    source: str | os.PathLike | None = None,
-    skip: Targets = (),
-    also: Targets = (),
-    *,
-    block: int = 64,
-    kind: str = "nf4",
-    double: bool = True,
-    compute: torch.dtype | None = None,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-) -> nn.Module:
-    """A frozen model, in eval mode, whose linear layers were packed while it was read: what `quantize` would make of it,
-    without ever holding more of it than the packed model and one dense tensor.
-
-    source: a folder or a Hub id; default as `load_base`. skip, also, block, kind, double, compute: see `quantize`.
-    dtype: of the rest, and of the weights before they are packed; default as stored. device: default the GPU, if any.
-    A checkpoint that is packed already, by `save_quantized` or by transformers with bitsandbytes, is read as it is,
-    each weight by its own block size and kind; compute=None is then what its config.json says.
-    Raises FileNotFoundError, OSError or ValueError for what is missing, damaged, or does not fit its config.json.
-    """
-    from .base import base_name
-
-    name = base_name(source)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    check_compute(compute, device)
-    folder = _folder(name)
-    config = _config(folder, name)
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        if not stored.get("load_in_4bit"):
-            raise ValueError(f"{name!r} is quantised by {stored.get('quant_method')!r} in another way than bitsandbytes' four "
-                             "bits; load the original weights")  # fmt: skip
-        del config.quantization_config
-    from .nf4_loading import load, read
-
-    tensors, packed = read(_files(folder))
-    if packed and ([*skip], [*also], block, kind, double) != ([], [], 64, "nf4", True):
-        raise ValueError(f"{name!r} is packed already and is read as it is: leave out skip, also, block, kind and double, or "
-                         "load the original weights")  # fmt: skip
-    rest = dtype or config.dtype or next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    if packed and compute is None and stored is not None:
-        compute = getattr(torch, stored.get("bnb_4bit_compute_dtype") or "float32")
-        check_compute(compute, device)
-        compute = None if compute == rest else compute
-    model = load(name, config, tensors, dict(skip=skip, also=also, block=block, kind=kind, double=double, compute=compute,
-                 packed=packed, dtype=dtype), rest, device)  # fmt: skip
-    if (folder / "generation_config.json").is_file() and model.can_generate():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.config.name_or_path = name
-    return model.requires_grad_(False).eval()

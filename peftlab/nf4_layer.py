@@ -35,18 +35,18 @@ class PackedMatmul(torch.autograd.Function):
 def product(x: Tensor, *packed) -> Tensor:
     """x·Wᵀ"""
     p = Packed(*packed)
-    if (triton := kernels(p)) and triton.multiplies(p, x):
-        return triton.matmul(x, p)
-    parts = [F.linear(x, W) for _, W in unpack_rows(p, x.dtype)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    flat, y = x.reshape(-1, x.shape[-1]), x.new_empty(*x.shape[:-1], p.shape[0])
+    for rows, W in unpack_rows(p, x.dtype, x.numel()):
+        torch.mm(flat, W.T, out=y.view(len(flat), -1)[:, rows])
+    return y
 
 
 def gradient(gy: Tensor, *packed) -> Tensor:
     """gy·W"""
-    gx = None
-    for rows, W in unpack_rows(Packed(*packed), gy.dtype):
-        part = gy[..., rows] @ W
-        gx = part if gx is None else gx.add_(part)
+    p = Packed(*packed)
+    flat, gx = gy.reshape(-1, gy.shape[-1]), gy.new_empty(*gy.shape[:-1], p.shape[1])
+    for rows, W in unpack_rows(p, gy.dtype, gy.numel()):
+        gx.view(len(flat), -1).addmm_(flat[:, rows], W, beta=int(rows.start > 0))  # the first part sets, the others add
     return gx
 
 
@@ -134,8 +134,10 @@ class NF4Linear(nn.Module):
         return unpack(self.packed, dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        if not x.is_floating_point():  # a model that casts its input to the dtype of this layer's weight, which are codes
+            raise ValueError(f"an NF4Linear takes floating-point input, not {x.dtype}; leave this layer dense (skip=…)")
         asked, kind = x.dtype, x.device.type
-        if torch.is_autocast_enabled(kind):
+        if torch.is_autocast_enabled(kind) and asked != torch.float64:  # autocast leaves float64 alone
             asked = torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
             y = PackedMatmul.apply(x.to(self.compute or asked), *self.packed)
@@ -184,7 +186,11 @@ def check_linear(layer: nn.Module) -> None:
     """ValueError unless it is a linear layer with dense weights."""
     if is_quantised(layer):
         raise ValueError(f"this {type(layer).__name__} is quantised already; packing it again would only lose more")
-    shape_of(layer)
+    out_features, in_features = shape_of(layer)
+    W = getattr(layer, "weight", None)
+    if not isinstance(W, Tensor) or W.numel() != out_features * in_features:
+        raise ValueError(f"this {type(layer).__name__} has no dense weights of its {out_features}×{in_features}; only "
+                         "layers like nn.Linear and Conv1D can be packed")  # fmt: skip
 
 
 def check_compute(dtype: torch.dtype | None, device: torch.device) -> None:
@@ -236,11 +242,17 @@ def quantize(model: nn.Module, skip: Targets = (), also: Targets = (), *, block:
     return model
 
 
+READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their fast paths hand the weights to a fused kernel
+
+
 def _quantizable(model: nn.Module, skip: Targets, also: Targets) -> list[str]:
     kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()),
             *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
     paths = [path for path in group(model, "all-linear") if not kept & set(path.split("."))]
-    paths += [path for path in (find_targets(model, also) if also else []) if path not in paths]
+    more = find_targets(model, also) if also else []
+    if fixed := [path for path in more if kept & set(path.split("."))]:
+        raise ValueError(f"also={also!r}: {type(model).__name__} reads the dtype of {fixed[0]!r}, which must stay a float")
+    paths += [path for path in more if path not in paths]
     stay = find_targets(model, skip) if skip else []
     if unknown := [path for path in stay if all(p != path and not p.startswith(f"{path}.") for p in paths)]:
         raise ValueError(f"skip={skip!r}: {unknown[0]!r} would not be quantised anyway; leave it out of skip")
@@ -255,6 +267,10 @@ def _check(model: nn.Module, path: str, block: int, kind: str, compute: torch.dt
     layer = bare(at(model, path))
     check_linear(layer)
     W = weight_of(layer)
+    if isinstance(owner := bare(at(model, path.rpartition(".")[0])), READERS):
+        raise ValueError(f"it belongs to {type(owner).__name__}, which reads its weight instead of calling it; skip it")
+    if sum(module is layer for _, module in model.named_modules(remove_duplicate=False)) > 1:
+        raise ValueError("it stands at more than one place in the model; skip it")
     if layer.weight.requires_grad and not all(p.requires_grad for p in model.parameters()):
         raise ValueError("it trains, and four bits cannot be trained; freeze it (requires_grad_(False)), or skip it")
     if _is_tied(model, path, layer):

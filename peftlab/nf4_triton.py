@@ -2,8 +2,8 @@
 
 A GPU computes far faster than it reads its memory, so what a step reads and writes is what it costs. For a weight in
 bfloat16, plain tensor code writes and reads float32 copies on its way; `dequantize` reads half a byte and writes the
-two of the finished weight. `matmul` reads the half byte alone: W is only ever in registers, a few numbers at a time. That
-wins while x has few rows, as in generation; with many, a dense W and the GPU's matrix units are faster.
+two of the finished weight. `matmul` reads the half byte alone: W is only ever in registers, a few numbers at a time.
+That wins while x has few rows, as in generation; with many, a dense W and the GPU's matrix units are faster.
 
 Imported by `nf4.kernels`, where there is a GPU, since it needs Triton. The kernels also run on a CPU in Triton's
 interpreter (TRITON_INTERPRET=1), slowly: that is how they are tested without a GPU.
@@ -109,8 +109,8 @@ def multiplies(p: Packed, x: Tensor) -> bool:
 
 
 def matmul(x: Tensor, p: Packed) -> Tensor:
-    """x·Wᵀ, (..., in) -> (..., out), for an x that it `multiplies`. It differs from F.linear(x, nf4.unpack(p, x.dtype)) in
-    that W stays in float32; the sum does in both, and y has the dtype of x. No gradient."""
+    """x·Wᵀ, (..., in) -> (..., out), for an x that it `multiplies`, in its dtype. Unlike in F.linear with an unpacked
+    matrix, W is never rounded to that dtype. No gradient."""
     out_features, in_features = p.shape
     rows = x.numel() // in_features
     y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)

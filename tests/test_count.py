@@ -198,6 +198,15 @@ def test_a_layer_that_packs_its_weights_says_how_many():
     assert next(r.bytes for r in c.rows if r.path == "1" and r.name == "weight") == 24
 
 
+def test_the_scales_of_packed_weights_are_bytes_but_no_parameters():
+    model = pl.quantize(build("llama"))
+    c = pl.count(model)
+    assert c.total == pl.count(build("llama")).total
+    tensors = [t for m in model.modules() if isinstance(m, pl.NF4Linear) for t in m.buffers()]
+    dense = sum(p.nbytes for p in model.parameters())
+    assert sum(row.bytes for row in c.rows) == dense + sum(t.nbytes for t in tensors)
+
+
 def test_repr_is_aligned_and_the_same_each_time():
     model = build("llama")
     pl.attach(model, pl.LoRA, targets="q_proj", name="a", r=2)

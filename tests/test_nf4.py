@@ -106,7 +106,8 @@ def test_the_offset_is_the_mean_of_two_tails():
 
 def test_equation_4_of_the_paper_gives_another_table():
     steps = 2**4 + 1
-    middle = [(quantile(i / steps) + quantile((i + 1) / steps)) / 2 for i in range(1, steps - 1)]  # Q(0), Q(1): infinite
+    inner = range(1, steps - 1)  # Q(0) and Q(1) are infinite
+    middle = [(quantile(i / steps) + quantile((i + 1) / steps)) / 2 for i in inner]
     table = [value / max(middle) for value in middle]
     assert len(table) == 15 and abs(table[7]) < 1e-15  # symmetric: one level fewer than four bits have
     gaps = [min(abs(value - level) for level in PUBLISHED) for value in table]
@@ -198,12 +199,12 @@ def test_zeros_and_every_value_that_is_a_level_come_back_as_they_were():
     assert torch.equal(nf4.unpack(nf4.pack(torch.zeros(9, 33))), torch.zeros(9, 33))
 
 
-weights = st.lists(st.floats(-(2.0**125), 2.0**125, width=32), min_size=1, max_size=160)  # the sum of their scales is finite
+wild = st.lists(st.floats(-(2.0**125), 2.0**125, width=32), min_size=1, max_size=160)  # the sum of five is finite
 tame = st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=160)
 
 
 @settings(max_examples=150)
-@given(weights | tame, st.sampled_from(nf4.FLOATS), st.sampled_from([32, 64, 128]), st.sampled_from(FOUR_BITS),
+@given(wild | tame, st.sampled_from(nf4.FLOATS), st.sampled_from([32, 64, 128]), st.sampled_from(FOUR_BITS),
        st.booleans())  # fmt: skip
 def test_whatever_the_values_the_bits_are_those_of_bitsandbytes(values, dtype, block, kind, double):
     limit = torch.finfo(dtype).max
@@ -288,9 +289,9 @@ def test_integers_are_the_rounded_quotients(kind, largest, block):
     clear = (exact - exact.floor() - 0.5).abs() > 1e-4  # float32 may round the other way within a hair of a tie
     assert clear.float().mean() > 0.99
     assert torch.equal((codes.double() - largest)[clear], exact.round()[clear])
-    torch.testing.assert_close(nf4.unpack(packed).flatten().double(),
-                               (codes.double() - largest) / largest * padded.abs().amax(1).repeat_interleave(block)[: W.numel()],
-                               rtol=1e-6, atol=0)  # fmt: skip
+    absmax = padded.abs().amax(1).repeat_interleave(block)[: W.numel()]
+    want = (codes.double() - largest) / largest * absmax
+    torch.testing.assert_close(nf4.unpack(packed).flatten().double(), want, rtol=1e-6, atol=0)
 
 
 def test_int8_on_one_small_matrix_by_hand():
@@ -397,7 +398,6 @@ def test_weights_that_are_not_finite_are_refused_wherever_they_are(bad, place, d
     W[place] = bad
     with pytest.raises(ValueError, match=r"1 of 589,829 weights are NaN or infinite.*file may be damaged"):
         nf4.pack(W)
-    assert torch.equal(W.isfinite().logical_not().nonzero(), torch.tensor([[place % len(W)]]))
 
 
 @pytest.mark.parametrize("kind", ["fp4", "int4", "int8"])

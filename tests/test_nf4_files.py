@@ -15,8 +15,9 @@ from torch import nn
 import peftlab as pl
 from peftlab import nf4_files, nf4_loading
 from peftlab.nf4 import pack
-from peftlab.nf4_files import from_state, load_quantized, save_quantized, to_state
+from peftlab.nf4_files import from_state, save_quantized, to_state
 from peftlab.nf4_layer import NF4Linear
+from peftlab.nf4_loading import load_quantized
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 KINDS = ("nf4", "fp4", "int4", "int8")
@@ -459,8 +460,8 @@ HARMED = {
     "cut file": ("dense", lambda f: cut(f / "model.safetensors"), ValueError, "truncated or damaged.*download the file again"),
     "cut shard": ("sharded", lambda f: cut(f / SHARD), ValueError, f"{SHARD} is truncated or damaged"),
     "lost shard": ("sharded", lambda f: os.remove(f / SHARD), FileNotFoundError, f"lacks the shard '{SHARD}'"),
-    "cut index": ("sharded", lambda f: cut(f / nf4_files.INDEX), ValueError, "index.json is damaged.*download it again"),
-    "index beyond the folder": ("sharded", lambda f: (f / nf4_files.INDEX).write_text('{"weight_map": {"a": "../x"}}'),
+    "cut index": ("sharded", lambda f: cut(f / nf4_loading.INDEX), ValueError, "index.json is damaged.*copy or download"),
+    "index beyond the folder": ("sharded", lambda f: (f / nf4_loading.INDEX).write_text('{"weight_map": {"a": "../x"}}'),
                                 FileNotFoundError, "lacks the shard '../x'"),
     "lost tensor": ("dense", lambda f: edit(f, lambda t: t.pop(UP)), ValueError, f"lacks {UP}; it is damaged, or the ch"),
     "lost tensors": ("dense", lambda f: edit(f, lambda t: (t.pop(UP), t.pop("model.norm.weight"))), ValueError,
@@ -476,10 +477,11 @@ HARMED = {
     "lost absmax": ("packed", lambda f: edit(f, lambda t: t.pop(f"{UP}.absmax")), ValueError,
                     f"^{UP}: has no part 'weight.absmax'"),
     "lost JSON": ("packed", lambda f: edit(f, lambda t: t.pop(f"{UP}.quant_state.bitsandbytes__nf4")), ValueError,
-                  rf"{UP}: \(4096, 1\) in the file, \(128, 64\) in the model"),
+                  rf"{UP}: \(4096, 1\) in the file, \(128, 64\) in the model of"),
     "lost layer": ("packed", lambda f: edit(f, lambda t: [t.pop(n) for n in list(t) if n.startswith(UP)]), ValueError,
                    f"lacks {UP};"),
-    "packed in another shape": ("packed", lambda f: reconfigure(f, intermediate_size=64), ValueError, "in the file, of "),
+    "packed in another shape": ("packed", lambda f: reconfigure(f, intermediate_size=64), ValueError,
+                                r"down_proj.weight: \(64, 128\) in the file, \(64, 64\) in the model of its config.json"),
     "quantised otherwise": ("packed", lambda f: reconfigure(f, quantization_config={"quant_method": "gptq", "bits": 4}),
                             ValueError, "quantised by 'gptq'.*load the original weights"),
     "in eight bits": ("packed", lambda f: reconfigure(f, quantization_config={"quant_method": "bitsandbytes",

@@ -87,6 +87,7 @@ def on_this_device(monkeypatch):
 def test_without_triton_plain_code_unpacks(on_this_device, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "peftlab.nf4_triton", raising=False)
+    monkeypatch.delattr(peftlab, "nf4_triton", raising=False)
     assert nf4.kernels(on_this_device) is None
     assert nf4.unpack(on_this_device).shape == (4, 64)
 
