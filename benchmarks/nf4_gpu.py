@@ -38,6 +38,7 @@ RESULT = Path(__file__).resolve().parent.parent / "data" / "results" / "nf4_gpu.
 KERNELS, PLAIN, COMPILED, THEIRS = "ours, Triton", "ours, plain", "ours, torch.compile", "bitsandbytes"
 ROWS = (1, 64, 1024)
 SHAPES = ((1024, 1024), (257, 96), (33, 77), (1, 1))  # whole blocks; a last block, and a last byte, that are not full
+COMPARED = ("codes", "absmax", "absmax codes", "nested absmax", "mean", "unpacked")
 MIB = 2**20
 Call = Callable[[int], object]  # of the number of a copy
 
@@ -46,38 +47,35 @@ Call = Callable[[int], object]  # of the number of a copy
 
 
 def differences(device: str) -> list[dict]:
-    """What differs between ours and bitsandbytes, counted: for each kind and dtype over all shapes and blocks, with
-    double quantisation and without."""
+    """(different, compared) of what ours and bitsandbytes store, for each kind and dtype: all shapes and blocks, with
+    double quantisation and without; "unpacked" is what both make of its codes and scales."""
     import bitsandbytes.functional as bnb
 
     torch.manual_seed(0)
     rows = []
     for kind, dtype in itertools.product(("nf4", "fp4"), nf4.FLOATS):
-        row = {"kind": kind, "dtype": str(dtype).removeprefix("torch.")}
+        row = {"kind": kind, "dtype": str(dtype).removeprefix("torch."), **{name: (0, 0) for name in COMPARED}}
         for shape, block, double in itertools.product(SHAPES, nf4.BLOCKS, (True, False)):
             W = torch.randn(shape, device=device, dtype=dtype)
             p = nf4.pack(W, block, kind, double)
             codes, state = bnb.quantize_4bit(W, None, None, block, double, kind)
-            pairs = {"codes": (p.codes, codes), "absmax, nested" if double else "absmax": (p.absmax, state.absmax)}
-            if double:
-                pairs["nested state"] = (torch.cat([p.nested_absmax, p.offset.view(1)]),
-                                         torch.cat([state.state2.absmax, state.offset.view(1)]))  # fmt: skip
-            # the same codes and scales, unpacked by both
             theirs = p._replace(codes=codes, absmax=state.absmax)
             if double:
                 theirs = theirs._replace(nested_absmax=state.state2.absmax, offset=state.offset)
-            pairs["unpacked"] = (nf4.unpack(theirs), bnb.dequantize_4bit(codes, state))
-            for name, (ours, other) in pairs.items():
-                different, compared = row.get(name, (0, 0))
-                row[name] = different + int((ours.flatten() != other.flatten()).sum()), compared + ours.numel()
+            compared = {"codes": (p.codes, codes), "absmax codes" if double else "absmax": (p.absmax, state.absmax)}
+            if double:
+                compared |= {"nested absmax": (p.nested_absmax, state.state2.absmax), "mean": (p.offset, state.offset)}
+            compared["unpacked"] = nf4.unpack(theirs), bnb.dequantize_4bit(codes, state)
+            for name, (a, b) in compared.items():
+                different, total = row[name]
+                row[name] = different + int((a.flatten() != b.flatten()).sum()), total + a.numel()
         rows.append(row)
     return rows
 
 
 def difference_table(rows: list[dict]) -> str:
-    names = [name for name in rows[0] if name not in ("kind", "dtype")]
-    body = [(row["kind"], row["dtype"], *(f"{row[name][0]:,} of {row[name][1]:,}" for name in names)) for row in rows]
-    return lab.markdown(("kind", "weights", *(f"{name} differ" for name in names)), body)
+    body = [(row["kind"], row["dtype"], *("{:,} of {:,}".format(*row[name]) for name in COMPARED)) for row in rows]
+    return lab.markdown(("different:", "weights", *COMPARED), body)
 
 
 # --- what is timed --------------------------------------------------------------------------------------------------
@@ -251,7 +249,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--dtype", choices=[str(t).removeprefix("torch.") for t in nf4.FLOATS], default="bfloat16",
                         help="of the weights and of x (default bfloat16)")  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu only tries the script out")
-    parser.add_argument("--json", metavar="FILE", help=f"where the numbers go (default, on a GPU: {RESULT.name} in data/results)")
+    parser.add_argument("--json", metavar="FILE", help=f"the numbers (default, on a GPU: data/results/{RESULT.name})")
     args = parser.parse_args(argv)
     if args.rounds < 2 or args.copies < 1 or args.size < 1:
         parser.error("--rounds must be at least 2 (one has no spread), --copies and --size at least 1")

@@ -3,9 +3,9 @@
     python benchmarks/quantize_memory.py [--shape llama-3.2-1b] [--json FILE]
 
 The model is built from its config with random weights. "load" packs a checkpoint while reading it (load_quantized),
-"in place" packs a dense model that is in memory already (quantize), "transformers" is from_pretrained with bitsandbytes.
-Each runs in a process of its own. Linux only: /proc tells what memory is anonymous and what is mapped from files, which
-the kernel can drop at any time.
+"in place" packs a dense model that is in memory already (quantize), "transformers" is its from_pretrained with
+bitsandbytes. Each runs in a process of its own. Linux only: /proc tells which memory is anonymous and which is mapped
+from files, where the kernel can drop it at any time.
 """
 
 from __future__ import annotations
@@ -145,11 +145,14 @@ def work(way: str, shape: str, folder: str, warm: str) -> dict:
     read(warm)
     start = memory()
     model = dense_model(shape) if way == "in place" else None
-    before = memory()
+    before, started = memory(), time.thread_time()  # of this thread alone: neither the watcher's nor another process's
     with watched() as seen:
         model = pl.quantize(model) if way == "in place" else read(folder)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.max()  # what is only mapped from a file becomes resident when it is used
+        seconds = time.thread_time() - started
     peak = {name: max(values[name] for _, values in seen) for name in FIELDS.values()}
-    found = {"way": way, "seconds": seen[-1][0], "start": start, "before": before, "peak": peak, "after": seen[-1][1]}
+    found = {"way": way, "seconds": seconds, "start": start, "before": before, "peak": peak, "after": seen[-1][1]}
     points = seen[:: max(1, len(seen) // 60)]
     found["trace"] = [[round(t, 3), values["anonymous"] - start["anonymous"]] for t, values in points]
     if way != "transformers":
@@ -179,14 +182,17 @@ def measure(shape: str, ways: tuple[str, ...]) -> dict:
 
 def write_tiny(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    logging.disable_progress_bar()
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                         num_attention_heads=4)  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def table(found: dict) -> str:
     """What each way held beyond an idle process, at most and at the end."""
-    head = ("way", "seconds", "peak anonymous MiB", "× dense", "with mapped files", "× dense", "at the end, anonymous")
+    head = ("way", "CPU s", "peak anonymous MiB", "× dense", "with mapped files", "× dense", "at the end, anonymous")
     body = []
     for row in found["rows"]:
         grown = {when: {name: row[when][name] - row["start"][name] for name in row[when]} for when in ("peak", "after")}
@@ -216,7 +222,7 @@ def main(argv: list[str] | None = None) -> dict | None:
     found = measure(args.shape, tuple(args.ways))
     print(f"{', '.join(f'{key} {value}' for key, value in here.items())}\n")
     print(f"{args.shape}: {found['dense'] / MIB:,.0f} MiB in bfloat16; {found['packed'] / MIB:,.0f} MiB packed, "
-          f"× {found['packed'] / found['dense']:.3f}; largest dense layer {found['layer'] / MIB:,.0f} MiB\n")  # fmt: skip
+          f"× {found['packed'] / found['dense']:.3f}; its largest layer {found['layer'] / MIB:,.0f} MiB dense\n")
     print(table(found))
     if args.json:
         content = json.dumps({"machine": here, **found}, ensure_ascii=False)

@@ -27,8 +27,8 @@ _HOME = {  # name -> module that defines it
     "course.source": ["show"],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("base", "core", "course", "evaluate", "files", "lab", "layers", "methods", "nf4", "paths", "shapes", "sites",
-          "tasks", "vocabulary")  # fmt: skip
+_ROOMS = ("base", "core", "course", "evaluate", "files", "inits", "kbit", "lab", "layers", "methods",
+          "nf4", "paths", "shapes", "sites", "tasks", "vocabulary")  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ from .attach import _defaults, adapters, attach_plan, detach, find_targets, host
 from .core import METHODS, Adapter
 from .formats import LAYOUTS, PREFIX, Plan
 from .paths import atomic_files
+from .layers import is_quantised, weight_of
 from .sites import at, sites
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -54,14 +55,26 @@ def _shortest(model: nn.Module, paths: list[str]) -> list[str]:
     return endings if set(find_targets(model, endings)) == set(paths) else sorted(paths)
 
 
-def _fingerprint(model: nn.Module, paths) -> str:
-    """The first numbers of some adapted layers' weights: enough to notice an adapter on another base."""
-    found = {}
+def _fingerprint(model: nn.Module, paths) -> dict[str, str]:
+    """The first numbers of some adapted layers' weights, and how far packing may have moved them: enough to notice an
+    adapter on another base, and not to mind its own base in four bits."""
+    found, room = {}, {}
     for path in sorted(paths)[:: max(1, len(paths) // 8)]:
-        weight = _weight(model, path)
-        if weight is not None:
-            found[path] = [round(v, 6) for v in weight.detach().flatten()[:8].tolist()]
-    return json.dumps(found)
+        if (first := _first(model, path)) is not None:
+            found[path] = [round(v, 6) for v in first[0].tolist()]
+            if first[1]:
+                room[path] = round(first[1], 6)
+    return {"peftlab_base": json.dumps(found)} | ({"peftlab_packed": json.dumps(room)} if room else {})
+
+
+def _first(model: nn.Module, path: str) -> tuple[Tensor, float] | None:
+    """The first eight numbers of the weight at a path, and the largest error that four bits can have made in them."""
+    layer = _bare(model, path)
+    if is_quantised(layer) and not any(t.is_meta for t in layer.buffers()):
+        block = weight_of(layer).flatten()[: getattr(layer, "block", 64)].float().cpu()
+        return block[:8], 0.17 * block.abs().max().item()  # half of NF4's widest step is 0.152 of the block's largest
+    weight = _weight(model, path)
+    return None if weight is None else (weight.detach().flatten()[:8].float().cpu(), 0.0)
 
 
 def _bare(model: nn.Module, path: str) -> nn.Module:
@@ -119,7 +132,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
         **settings,
     }
     data = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    metadata = {"format": "pt", "peftlab_base": _fingerprint(model, list(main) or list(copies))}
+    metadata = {"format": "pt", **_fingerprint(model, list(main) or list(copies))}
     folder = Path(folder)
     atomic_files({folder / WEIGHTS: save(data, metadata), folder / CONFIG: json.dumps(config, indent=2) + "\n"})
     return folder
@@ -246,12 +259,13 @@ def _place(key: str, method: type[Adapter], there: Mapping[str, nn.Module]) -> t
 
 
 def _check_base(model: nn.Module, metadata: Mapping[str, str], folder: Path) -> None:
+    packed = json.loads(metadata.get("peftlab_packed", "{}"))
     for path, numbers in json.loads(metadata.get("peftlab_base", "{}")).items():
-        weight = _weight(model, path)
-        if weight is None:
+        if (first := _first(model, path)) is None:
             continue
-        here = weight.detach().flatten()[: len(numbers)].float().cpu()
-        if not torch.allclose(here, torch.tensor(numbers), rtol=0.02, atol=1e-4):  # room for a bf16 copy of the base
+        here, room = first
+        room += packed.get(path, 0.0) + 1e-4
+        if not torch.allclose(here, torch.tensor(numbers), rtol=0.02, atol=room):  # room for a bf16 copy of the base
             raise ValueError(f"the adapter in {folder} was trained on another base: the weights of {path!r} differ. "
                              "Load that base, or pass check_base=False to use it all the same")  # fmt: skip
 

@@ -5,8 +5,8 @@ peft's `prepare_model_for_kbit_training` does four things to a model whose linea
 2. it makes the embedding's output require a gradient, so that gradient checkpointing of the reentrant kind finds one to
    keep: transformers' `gradient_checkpointing_enable()` does that itself, and its default kind needs none;
 3. it turns gradient checkpointing on: worth a line of your own, for it trades a second forward pass for memory;
-4. it casts everything that is not packed from 16 to 32 bits: embeddings, norms and the output head. Norms and the loss
-   compute in float32 anyway, and what trains, the adapter, is float32 without it. This is the expensive one; see `cost`.
+4. it casts all that is not packed from 16 to 32 bits: embeddings, norms and the output head. Norms and the loss compute
+   in float32 anyway, and what trains, the adapter, is float32 without it. This is the expensive one; see `cost`.
 
 So QLoRA is `quantize(model)`, `attach(model, LoRA, …)`, `model.gradient_checkpointing_enable()`, and training.
 """
@@ -44,8 +44,8 @@ class Cost(NamedTuple):
 def cost(model: Any, tokens: int = 2048) -> Cost:
     """What the k-bit preparation of peft adds to the memory of a model, for `tokens` (batch · length) a step.
 
-    model: one that `quantize` has packed, on any device, or what `shapes.meta_model` takes: the name of a built-in shape
-    ("llama-3-8b"), a Hub id, a config; that is then taken as `quantize` would pack it, the rest bfloat16.
+    model: a language model that `quantize` has packed, on any device, or what `shapes.meta_model` takes: the name of a
+    built-in shape ("llama-3-8b"), a Hub id, a config; that is taken as `quantize` would pack it, the rest in bfloat16.
     With V words, width d and L layers, weights: 2 bytes for each unpacked number, mostly 2·V·d or, tied, V·d of them;
     head: 2·V·d bytes; stream: 2·tokens·d·L bytes. Computed in bfloat16 by autocast, with gradient checkpointing.
     Raises ValueError for a dense model: it would be cast whole.
@@ -62,6 +62,6 @@ def cost(model: Any, tokens: int = 2048) -> Cost:
     config = model.config.get_text_config()
     return Cost(
         weights=MORE * sum(p.numel() for p in half),
-        head=2 * head.numel() if any(p is head for p in half) else 0,
+        head=2 * sum(p.numel() for p in half if id(p) == id(head)),
         stream=MORE * tokens * config.hidden_size * config.num_hidden_layers if half else 0,
     )

@@ -288,8 +288,8 @@ def _whole(tensor: Tensor) -> bool:
 
 
 def _room(n: int, dtype: torch.dtype) -> Tensor:
-    """(n,) fresh memory on a CPU, from numpy: it asks Linux for huge pages where n is large. To be given 64 MiB in pages
-    of 4 KiB, each cleared when it is first touched, would take longer than to unpack a matrix into them."""
+    """(n,) fresh memory on a CPU, from numpy: where n is large it asks Linux for huge pages. To get 64 MiB in pages of
+    4 KiB, each cleared when it is first touched, takes longer than to unpack a matrix into them."""
     return torch.from_numpy(np.empty(n * dtype.itemsize, np.uint8)).view(dtype)
 
 

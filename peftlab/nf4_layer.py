@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attach import Targets, _is_tied, find_targets
+from .attach import Targets, _is_tied, find_targets, hosts
 from .core import Adapted
 from .layers import is_quantised, shape_of, weight_of
 from .nf4 import FLOATS, Packed, check_pack, kernels, not_finite, pack, unpack, unpack_rows
@@ -35,9 +34,11 @@ class PackedMatmul(torch.autograd.Function):
 def product(x: Tensor, *packed) -> Tensor:
     """x·Wᵀ"""
     p = Packed(*packed)
+    if (triton := kernels(p)) and triton.multiplies(p, x):
+        return triton.matmul(x, p)
     flat, y = x.reshape(-1, x.shape[-1]), x.new_empty(*x.shape[:-1], p.shape[0])
     for rows, W in unpack_rows(p, x.dtype, x.numel()):
-        torch.mm(flat, W.T, out=y.view(len(flat), -1)[:, rows])
+        torch.mm(flat, W.T, out=y.view(-1, p.shape[0])[:, rows])
     return y
 
 
@@ -46,7 +47,7 @@ def gradient(gy: Tensor, *packed) -> Tensor:
     p = Packed(*packed)
     flat, gx = gy.reshape(-1, gy.shape[-1]), gy.new_empty(*gy.shape[:-1], p.shape[1])
     for rows, W in unpack_rows(p, gy.dtype, gy.numel()):
-        gx.view(len(flat), -1).addmm_(flat[:, rows], W, beta=int(rows.start > 0))  # the first part sets, the others add
+        gx.view(-1, p.shape[1]).addmm_(flat[:, rows], W, beta=int(rows.start > 0))  # the first sets, the others add
     return gx
 
 
@@ -134,7 +135,7 @@ class NF4Linear(nn.Module):
         return unpack(self.packed, dtype)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        if not x.is_floating_point():  # a model that casts its input to the dtype of this layer's weight, which are codes
+        if not x.is_floating_point():  # of a model that casts it to the dtype of the weight, here codes
             raise ValueError(f"an NF4Linear takes floating-point input, not {x.dtype}; leave this layer dense (skip=…)")
         asked, kind = x.dtype, x.device.type
         if torch.is_autocast_enabled(kind) and asked != torch.float64:  # autocast leaves float64 alone
@@ -215,13 +216,16 @@ def quantize(model: nn.Module, skip: Targets = (), also: Targets = (), *, block:
 
     Embeddings, norms, the output head and what transformers keeps in float32 (T5's wo) stay as they are. skip, also:
     paths of layers that stay too, or that do not, as `attach` takes them ("down_proj", "lm_head"). Adapters attached
-    before stay where they are, and merged ones are packed with their layer. A model fresh from its file, where all
-    trains, is frozen by this: four bits cannot be trained.
+    before stay where they are, and merged ones are packed with their layer; where merging made layers of a packed model
+    dense, those alone are packed again. A model fresh from its file, where all trains, is frozen by this: four bits
+    cannot be trained.
     The dense weights of a layer are freed before the next one is packed, unless you hold them elsewhere.
     Raises ValueError, and leaves the model as it was, for a layer that trains, shares its weights, is quantised
     already or holds NaN, and for what `NF4Linear` refuses.
     """
     paths = _quantizable(model, skip, also)
+    if any(host.merged for host in hosts(model).values()):  # merging made its layers dense: they alone are packed again
+        paths = [path for path in paths if not isinstance(bare(at(model, path)), NF4Linear)] or paths
     for path in paths:
         try:
             _check(model, path, block, kind, compute)
@@ -251,7 +255,7 @@ def _quantizable(model: nn.Module, skip: Targets, also: Targets) -> list[str]:
     paths = [path for path in group(model, "all-linear") if not kept & set(path.split("."))]
     more = find_targets(model, also) if also else []
     if fixed := [path for path in more if kept & set(path.split("."))]:
-        raise ValueError(f"also={also!r}: {type(model).__name__} reads the dtype of {fixed[0]!r}, which must stay a float")
+        raise ValueError(f"also={also!r}: {type(model).__name__} reads the dtype of {fixed[0]!r}, so it stays dense")
     paths += [path for path in more if path not in paths]
     stay = find_targets(model, skip) if skip else []
     if unknown := [path for path in stay if all(p != path and not p.startswith(f"{path}.") for p in paths)]:

@@ -198,7 +198,7 @@ class Settings(QuantizationConfigMixin):
     def __init__(self, options: Options):
         super().__init__(quant_method=METHOD)
         self.options = options
-        self.problem: ValueError | None = None
+        self.problem: Exception | None = None
 
 
 class Pack(ConversionOps):
@@ -212,9 +212,11 @@ class Pack(ConversionOps):
         for name, value in input_dict.items():
             try:
                 taken = self.quantiser.take(model, name, value[0] if isinstance(value, list) else value)
-            except ValueError as error:  # transformers would read on and report the traceback at the end
+            except Exception as error:  # transformers would read on and, at the end, write of a traceback in its log
+                if isinstance(error, ValueError):
+                    error = ValueError(f"{name}: {str(error).removeprefix(name).strip()}")
                 settings = self.quantiser.quantization_config
-                settings.problem = settings.problem or ValueError(f"{name}: {str(error).removeprefix(name).strip()}")
+                settings.problem = settings.problem or error
                 raise
             if taken:
                 model.get_parameter(name)._is_hf_initialized = True  # or transformers would draw it at random
@@ -316,7 +318,7 @@ def _load(name: str, config: PreTrainedConfig, tensors: Mapping[str, Stored | St
                 None, config=config, state_dict=dict(tensors), quantization_config=settings, dtype=dtype,
                 device_map={"": device}, ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
     except RuntimeError as error:
-        raise settings.problem or ValueError(f"{name!r}: {str(error).strip().splitlines()[0]}") from None
+        raise settings.problem or error from None
     wrong = {"missing_keys": "lacks", "unexpected_keys": "holds weights for which its model has no place:",
              "mismatched_keys": "holds weights of another shape than its config.json says:"}  # fmt: skip
     for which, said in wrong.items():

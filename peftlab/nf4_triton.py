@@ -8,7 +8,7 @@ That wins while x has few rows, as in generation; with many, a dense W and the G
 Imported by `nf4.kernels`, where there is a GPU, since it needs Triton. The kernels also run on a CPU in Triton's
 interpreter (TRITON_INTERPRET=1), slowly: that is how they are tested without a GPU.
 Source: Tillet, Kung, Cox 2019, Triton: an intermediate language and compiler for tiled neural network computations.
-Names: n weights, (out, in) the layer's shape, a run: consecutive weights that share a scale, a block or a part of one.
+Names: n weights, (out, in) the layer's shape.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from . import nf4
 from .nf4 import NESTED, Packed
 
 ROWS = 16  # of x, up to which `matmul` is worth it
-RUN = 1024  # weights in a run at most
-TILE = 4096  # weights that a program of `dequantize` unpacks
+TILE = 4096  # weights that a program of `dequantize` unpacks: the largest block
 WIDE = 512  # weights of a row of W that a program of `matmul` unpacks at a time
 OUT = 4  # rows of W that a program of `matmul` has, one for each of its four warps
 # level · absmax₂ + mean is a product that is rounded, then a sum. One fused instruction would round once: other bits.
@@ -54,24 +53,27 @@ def _values(codes, inside, levels, scale):
 @triton.jit
 def _dequantize(
     out, codes, levels, absmax, nested_absmax, nested_levels, offset, n, n_bytes,
-    BLOCK: tl.constexpr, NESTED: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, NESTED: tl.constexpr,
 ):  # fmt: skip
-    """Each program unpacks RUNS runs of W, taken as one long row: first[i] is where run i begins."""
-    first = (tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)) * RUN
-    scale = _scales(first // BLOCK, first < n, absmax, nested_absmax, nested_levels, offset, NESTED)
-    byte = (first // 2)[:, None] + tl.arange(0, RUN // 2)[None, :]
+    """Each program unpacks BLOCKS blocks of W, which is taken as one long row."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    scale = _scales(block, block * BLOCK < n, absmax, nested_absmax, nested_levels, offset, NESTED)
+    byte = (block * (BLOCK // 2))[:, None] + tl.arange(0, BLOCK // 2)[None, :]
     W = _values(codes + byte, byte < n_bytes, levels, scale[:, None])
-    weight = first[:, None] + tl.arange(0, RUN)[None, :]
+    weight = (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
     tl.store(out + weight, W.to(out.dtype.element_ty), mask=weight < n)
 
 
 @triton.jit
 def _matmul(
     y, x, codes, levels, absmax, nested_absmax, nested_levels, offset, rows, out_features, in_features,
-    BLOCK: tl.constexpr, NESTED: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr,
-    OUT: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, NESTED: tl.constexpr, RUN: tl.constexpr, RUNS: tl.constexpr, OUT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Each program has OUT rows of W and goes along them, RUNS runs at a time: y[row, o] = Σₖ x[row, k]·W[o, k]."""
+    """y[row, o] = Σₖ x[row, k]·W[o, k]: each program has OUT rows of W and goes along them, RUNS runs at a time.
+
+    A run is RUN weights of one row and of one block.
+    """
     o = tl.program_id(0) * OUT + tl.arange(0, OUT)
     column = tl.arange(0, ROWS)
     total = tl.zeros((OUT, ROWS), tl.float32)
@@ -94,11 +96,10 @@ def _matmul(
 def dequantize(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """What `nf4.unpack` gives, bit for bit. Not for "int8", whose codes take a byte."""
     out = torch.empty(p.shape, dtype=dtype or p.dtype, device=p.codes.device)
-    n, run = out.numel(), min(p.block, RUN)
-    runs = TILE // run
+    n = out.numel()
     with torch.cuda.device_of(out):
-        _dequantize[(triton.cdiv(n, runs * run),)](
-            out, *_read(p), n, len(p.codes), BLOCK=p.block, NESTED=_nested(p), RUN=run, RUNS=runs, **ROUND_TWICE
+        _dequantize[(triton.cdiv(n, TILE),)](
+            out, *_read(p), n, len(p.codes), BLOCK=p.block, BLOCKS=TILE // p.block, NESTED=_nested(p), **ROUND_TWICE
         )
     return out
 
@@ -114,7 +115,7 @@ def matmul(x: Tensor, p: Packed) -> Tensor:
     out_features, in_features = p.shape
     rows = x.numel() // in_features
     y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
-    run = min(math.gcd(p.block, in_features), RUN)  # no run goes beyond its row of W, nor beyond its block
+    run = min(math.gcd(p.block, in_features), WIDE)
     runs = min(WIDE, triton.next_power_of_2(in_features)) // run
     with torch.cuda.device_of(x):
         _matmul[(triton.cdiv(out_features, OUT),)](
@@ -127,7 +128,7 @@ def matmul(x: Tensor, p: Packed) -> Tensor:
 def try_out(device: torch.device) -> None:
     """RuntimeError, or what the compiler raises, if the kernels do not give a CPU's numbers on this device."""
     p = nf4.pack(torch.arange(4096.0).sin().view(32, 128))
-    there = Packed(*[t if t is None else t.to(device) for t in p[:5]], *p[5:])
+    there = p._replace(**{name: t.to(device) for name, t in p._asdict().items() if isinstance(t, Tensor)})
     for dtype in nf4.FLOATS:
         W = nf4.unpack(p, dtype)
         y = matmul(torch.ones(1, 128, dtype=dtype, device=device), there).cpu()

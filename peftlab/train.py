@@ -29,7 +29,9 @@ from .log import Log
 from .rows import Row, collate, digest, encode, kind_of, order
 from .runtime import accelerator_on, mode, stream
 
-OPTIMIZERS = {  # name -> what bitsandbytes calls it; None: AdamW of torch
+# name -> what bitsandbytes calls it; None: AdamW of torch. Its 8 bits are for matrices of 4,096 numbers and more, its
+# pages (which move to CPU memory when the GPU's is full) for those of 100,000; smaller states stay as they are.
+OPTIMIZERS = {
     "adamw": None,
     "adamw8bit": "AdamW8bit",
     "paged_adamw": "PagedAdamW",
@@ -55,7 +57,7 @@ class Settings:
     clip: float | None = 1.0  # longest gradient (L2 norm over all trained parameters); None: not clipped
     accumulation: int = 1  # micro-batches that a batch is cut into: less memory, the same gradient
     seed: int = 0  # order of the rows and dropout
-    # a name of OPTIMIZERS (8 bits a state; paged: moved to CPU memory when the GPU's is full) or your own function
+    # "adamw", on a GPU also bitsandbytes' "adamw8bit", "paged_adamw", "paged_adamw8bit"; or your own function
     optimizer: str | Callable[[list[nn.Parameter]], torch.optim.Optimizer] = "adamw"
     valid: Any = None  # rows for a validation loss
     valid_every: int = 50  # steps between two validations
@@ -323,7 +325,7 @@ def _optimizer(parameters: list[nn.Parameter], s: Settings) -> torch.optim.Optim
         if theirs is not None and device.type == "cuda":
             return _bitsandbytes(theirs, s.optimizer)(parameters, lr=s.lr, weight_decay=s.weight_decay)
         if theirs is not None:
-            warnings.warn(f"optimizer={s.optimizer!r} saves memory on a GPU; on {device} plain AdamW runs in its place, "
+            warnings.warn(f"optimizer={s.optimizer!r} saves memory on a GPU; on {device} plain AdamW runs instead: "
                           "the same rule with float32 states", stacklevel=2)  # fmt: skip
         fused = all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)  # one kernel instead of ten per tensor
         return torch.optim.AdamW(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=fused)

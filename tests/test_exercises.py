@@ -106,6 +106,18 @@ def test_every_lesson_has_exercises():
             ),
         ),
         ("folds", "lora"),
+        (
+            "quantize_blocks",
+            lambda w, level, block: torch.cat(
+                [
+                    level[torch.bucketize(part / part.abs().max(), (level[1:] + level[:-1]) / 2)] * part.abs().max()
+                    for part in w.split(block)
+                ]
+            ),
+        ),
+        ("pack_codes", lambda codes: (codes[::2] << 4) | codes[1::2]),
+        ("unpack_codes", lambda packed: torch.stack([packed // 16, packed % 16], -1).flatten()),
+        ("bits_per_weight", lambda bits, block, double: bits + (8 + 32 / 256 if double else 32) / block),
     ],
 )
 def test_other_right_answers(name, attempt):
@@ -162,6 +174,13 @@ def test_gradients_by_autograd_are_right():
         ("lora_count", lambda a, b, r: np.ones(3), "instead of 65536"),
         ("lora_count", lambda a, b, r: exit(), "it raised SystemExit"),
         ("trainable_fraction", lambda m: m.requires_grad_(False) and 0.5, "changed its argument model in place"),
+        ("quantize_blocks", lambda w, level, block: w, "right shape, but values that differ by up to"),
+        ("quantize_blocks", lambda w, level, block: w / w.abs().max(), "then the nearest level of each quotient"),
+        ("pack_codes", lambda codes: codes, "the shape (8,) instead of (4,)"),
+        ("pack_codes", lambda codes: codes[1::2] * 16 + codes[::2], "swapped"),
+        ("unpack_codes", lambda packed: packed & 15, "the shape (4,) instead of (8,)"),
+        ("bits_per_weight", lambda bits, block, double: 4, "in test 1 of 7 it returned 4 instead of 4.5"),
+        ("after_outlier", "as before", "absmax has changed"),
         ("first_gradient", "A", "through B"),
         ("first_gradient", "W", "'W' is not one of the answers. The answers are 'A', 'B', 'both', 'neither'."),
         ("first_gradient", 3, "3 is not one of the answers"),

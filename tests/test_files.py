@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import copy
 import json
 import os
 
@@ -240,3 +241,20 @@ def test_a_swap_in_place_minds_the_tokens_and_does_not_mind_dropout(tmp_path):
         pl.load_adapter(model, tmp_path / "t", name="a")
     pl.save_adapter(pl.attach(build("llama"), pl.LoRA, "q_proj", name="a", dropout=0.1), tmp_path / "d", "a")
     pl.load_adapter(pl.attach(build("llama"), pl.LoRA, "q_proj", name="a"), tmp_path / "d", name="a")
+
+
+def test_an_adapter_knows_its_base_in_four_bits_and_no_other(tmp_path):
+    """Trained on the dense base it goes onto the packed one, and back; another base is refused in either form."""
+    dense, packed = build("llama"), pl.quantize(build("llama"))
+    for number, model in enumerate((dense, packed)):
+        pl.attach(model, pl.LoRA, targets="q_proj|v_proj", r=2)
+        pl.save_adapter(model, tmp_path / str(number))
+        for other in (build("llama"), pl.quantize(build("llama"))):
+            pl.load_adapter(other, tmp_path / str(number))
+        torch.manual_seed(1)
+        stranger = build("llama")
+        for p in stranger.parameters():
+            p.data.normal_()
+        for other in (stranger, pl.quantize(copy.deepcopy(stranger))):
+            with pytest.raises(ValueError, match="another base"):
+                pl.load_adapter(other, tmp_path / str(number))

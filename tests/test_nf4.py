@@ -361,7 +361,7 @@ def test_rows_put_together_are_the_whole_matrix(shape, kind, double, monkeypatch
         monkeypatch.setattr(nf4, "DENSE", dense)
         for block in (32, 64, 512):
             packed = nf4.pack(torch.randn(shape), block, kind, double)
-            parts = list(nf4.unpack_rows(packed, torch.float32))
+            parts = [(which, part.clone()) for which, part in nf4.unpack_rows(packed, torch.float32)]
             rows = torch.arange(shape[0])
             assert torch.equal(torch.cat([rows[which] for which, _ in parts]), rows)
             assert all(len(rows[which]) == len(part) for which, part in parts)

@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import pickle
+import tracemalloc
 import weakref
 
 import pytest
@@ -64,22 +65,34 @@ def snapshot(model) -> dict:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
         "modules": {path: (type(module), id(module)) for path, module in model.named_modules()},
-        "bytes": {name: (id(t), t.dtype, t.contiguous().view(-1).view(torch.uint8).tolist()) for name, t in tensors.items()},
+        "bytes": {name: (id(t), t.dtype, t.reshape(-1).view(torch.uint8).tolist()) for name, t in tensors.items()},
         "trains": {name: p.requires_grad for name, p in model.named_parameters()},
     }
 
 
+def same_bytes(a, b) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
 def memory(work) -> tuple[int, int]:
-    """(most, last): bytes of torch's CPU allocator above the start while `work` ran and at its end, every one counted."""
+    """(most, last): bytes above the start while `work` ran, and at its end; counted at each allocation and release.
+
+    Those of torch's CPU allocator and, above them in `most`, numpy's, whose arrays can be a tensor's memory.
+    """
+    tracemalloc.start()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        tracemalloc.reset_peak()
+        start = tracemalloc.get_traced_memory()[0]
         result = work()
+        arrays = tracemalloc.get_traced_memory()[1] - start
+    tracemalloc.stop()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
         most = max(most, now)
     del result
-    return most, now
+    return most + arrays, now
 
 
 # --- one layer ------------------------------------------------------------------------------------------------------
@@ -243,8 +256,9 @@ def test_between_forward_and_backward_only_the_output_is_there():
     layer, x = pl.NF4Linear(linear(512, 1024, bias=False)), torch.randn(4, 512, requires_grad=True)
     layer(x)
     outputs = []
-    _, last = memory(lambda: outputs.append(layer(x)))
-    assert last <= outputs[0].nbytes + 4096  # and what autograd notes down
+    memory(lambda: outputs.append(layer(x)))
+    most, last = memory(lambda: outputs.append(layer(x)))
+    assert most > last == outputs[0].nbytes
 
 
 # --- dtypes ---------------------------------------------------------------------------------------------------------
@@ -327,7 +341,8 @@ def test_a_state_dict_goes_round(kind, double, bias):
     assert other.packed[5:] == layer.packed[5:]
     x = torch.randn(3, 33)
     assert torch.equal(other(x), layer(x))
-    assert {k: v.tolist() for k, v in other.state_dict().items()} == {k: v.tolist() for k, v in layer.state_dict().items()}
+    theirs, ours = other.state_dict(), layer.state_dict()
+    assert list(theirs) == list(ours) and all(same_bytes(theirs[name], ours[name]) for name in ours)
 
 
 def test_a_model_with_adapters_goes_round():
@@ -386,7 +401,8 @@ def test_compiled_without_a_break_it_computes_the_same(backend, double, fresh_co
 
 def test_compiled_it_keeps_no_dense_matrix_either(fresh_compiler):
     layer, x = pl.NF4Linear(linear(256, 128)), torch.randn(4, 256, requires_grad=True)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    # with inductor's choice of what to keep, which merges what forward and backward compute twice; no C compiler
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
     compiled(x)  # compiles
     kept = storages(saved(lambda: compiled(x)))
     assert kept and max(kept.values()) <= layer.weight.nbytes  # the codes; dense it would be eight times as much
@@ -480,7 +496,7 @@ STAY = {"bert": {"classifier"}, "t5": {"lm_head", "wo"}}  # a head; transformers
 
 
 def dense_layers(model) -> dict[str, nn.Module]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear) or is_conv1d(module)}
+    return {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)}
 
 
 def packed_layers(model) -> dict[str, pl.NF4Linear]:
@@ -591,7 +607,7 @@ def theirs_in_eight_bits(model):
 
 @pytest.mark.parametrize("spoil, how, message", [
     (spoil_late, {}, "'model.layers.1.mlp.down_proj' cannot be quantised: 1 of 2,048 weights are NaN"),
-    (train_one, {}, r"'model.layers.1.mlp.up_proj' cannot be quantised: it trains, .*freeze it \(requires_grad_\(False\)\)"),
+    (train_one, {}, r"'model.layers.1.mlp.up_proj' cannot be quantised: it trains, .*freeze it \(requires_grad_\("),
     (tie_two, {}, "'model.layers.0.mlp.up_proj' cannot be quantised: it shares its weight with another.*skip it"),
     (in_float64, {}, "'model.layers.1.mlp.up_proj' cannot be quantised: weights of torch.float64 cannot be packed"),
     (theirs, {}, "'model.layers.1.mlp.up_proj' cannot be quantised: this Linear4bit is quantised already"),
@@ -600,7 +616,7 @@ def theirs_in_eight_bits(model):
     (lambda model: None, dict(block=100), "cannot be quantised: block size 100"),
     (lambda model: None, dict(kind="nf8"), "cannot be quantised: no data type 'nf8'"),
     (lambda model: None, dict(kind="dynamic8"), "cannot be quantised: 'dynamic8' is for scales"),
-], ids=["NaN", "trains", "tied", "float64", "bitsandbytes", "eight bits", "twice", "block", "kind", "table"])  # fmt: skip
+], ids=["NaN", "trains", "tied", "float64", "bitsandbytes", "eight bits", "twice", "block", "kind", "map"])  # fmt: skip
 def test_a_refused_model_is_as_it_was(spoil, how, message):
     model = build("llama")
     spoil(model)
@@ -613,7 +629,7 @@ def test_a_refused_model_is_as_it_was(spoil, how, message):
 def test_layers_that_torch_reads_and_does_not_call_are_refused():
     block = nn.TransformerEncoderLayer(32, 4, dim_feedforward=64, batch_first=True)
     model = nn.Sequential(block, linear(32, 4)).requires_grad_(False)
-    for skip, message in [((), "'0.self_attn.out_proj' .*belongs to MultiheadAttention, which reads its weight .*skip it"),
+    for skip, message in [((), "'0.self_attn.out_proj' .*to MultiheadAttention, which reads its weight .*skip it"),
                           ("out_proj", "'0.linear1' .*belongs to TransformerEncoderLayer")]:  # fmt: skip
         before = snapshot(model)
         with pytest.raises(ValueError, match=message):
@@ -671,7 +687,8 @@ def test_the_parameters_are_counted_as_before():
     after = pl.count(pl.quantize(build("llama")))
     assert (after.total, after.base, after.per_module.keys()) == (before.total, before.base, before.per_module.keys())
     adapted = pl.count(pl.attach(pl.quantize(build("llama")), pl.LoRA, r=2))
-    assert adapted.trainable == pl.count(pl.attach(build("llama"), pl.LoRA, r=2)).trainable == adapted.expected["default"]
+    dense = pl.count(pl.attach(build("llama"), pl.LoRA, r=2))
+    assert adapted.trainable == dense.trainable == adapted.expected["default"]
 
 
 # --- models with adapters -------------------------------------------------------------------------------------------
@@ -766,9 +783,9 @@ def test_dense_weights_are_freed():
 def test_quantising_takes_one_packed_layer_more_than_the_dense_model(make, copies):
     pl.quantize(nn.Sequential(linear()))  # look-up tables are made once
     models = []
-    dense_most, dense = memory(lambda: models.append(Tower(make)))
+    dense = memory(lambda: models.append(Tower(make)))[1]
     most, last = memory(lambda: models.append(pl.quantize(Tower(make).requires_grad_(False))))
     packed = sum(t.nbytes for t in models[1].buffers())
-    assert dense_most == dense == sum(p.nbytes for p in models[0].parameters())
+    assert dense == sum(p.nbytes for p in models[0].parameters())
     assert last == packed + sum(p.nbytes for p in models[1].parameters())  # the biases; all dense weights are gone
-    assert most <= dense + packed / 6 + copies * dense / 6 + 1.5 * MIB  # float32 parts of 256 KiB, a layer being packed
+    assert most <= dense + packed / 6 + copies * dense / 6 + 2.5 * MIB  # float32 parts of half a MiB while it packs

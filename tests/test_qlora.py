@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+import types
 import warnings
 import weakref
 
@@ -115,7 +116,7 @@ def test_logits_and_gradients_are_those_of_the_reference(family, dtype, tmp_path
     pl.save_adapter(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(bnb_quantised(build(family, dtype)), tmp_path, is_trainable=True).train()
     assert sum(type(m).__module__ == "peft.tuners.lora.bnb" for m in theirs.modules()) == 2 * len(TARGETS[family])
-    relative = 1e-5 if dtype == torch.float32 else 0.02  # of the largest; bfloat16 has 8 bits, and sums in another order
+    relative = 1e-5 if dtype == torch.float32 else 0.02  # bfloat16 has 8 bits, and sums in another order
     wanted, got = backward(theirs), backward(ours)
     assert (got - wanted).abs().max() <= relative * wanted.abs().max()
     their, our = gradients(theirs), gradients(ours)
@@ -155,7 +156,7 @@ def test_training_moves_the_adapter_alone(base, precision, adapters):
             parameter.data = parameter.data.to(adapters)
     before = frozen(model)
     rows = [{"input_ids": row.tolist()} for row in batch(8)]
-    log = pl.train(model, rows, steps=30, batch_size=8, lr=1e-2, precision=precision, progress=False)
+    log = pl.train(model, rows, steps=12, batch_size=8, lr=2e-2, precision=precision, progress=False)
     assert log.losses[-1] < 0.8 * log.losses[0]
     after = frozen(model)
     assert before.keys() == after.keys()
@@ -189,7 +190,7 @@ def test_a_killed_run_on_packed_weights_goes_on(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", TARGETS)
 def test_three_merges(family, dtype, tmp_path):
-    """Into the dequantised weights: exact to rounding. Packed again, or into the weights before packing: not the same."""
+    """Into the dequantised weights: exact to rounding. Packed again, or into the weights before packing: not so."""
     model = qlora(family, dtype)
     unmerged = logits(model)
     pl.save_adapter(model, tmp_path)
@@ -205,9 +206,9 @@ def test_three_merges(family, dtype, tmp_path):
     print(family, dtype, [f"{error:.4f}" for error in errors], f"of {size:.1f}")
     rounding = 1e-5 if dtype == torch.float32 else 0.05
     assert errors[0] <= rounding * size
-    assert min(errors[1:]) >= (1000 if dtype == torch.float32 else 3) * errors[0]
-    pl.unmerge(dense)
-    assert torch.equal(logits(dense), unmerged)
+    assert min(errors[1:]) >= (1000 if dtype == torch.float32 else 5) * errors[0]
+    for merged in (dense, again):
+        assert torch.equal(logits(pl.unmerge(merged)), unmerged), "bit for bit"
 
 
 # --- optimizers by name ---
@@ -248,6 +249,16 @@ def test_runs_with_bitsandbytes_optimizers_go_on(kind, tmp_path):
         assert numbers(run(tiny(), tmp_path, optimizer=optimizer)) == numbers(wanted), "bit for bit"
         with pytest.raises(ValueError, match=f"optimizer: {kind} there, AdamW here"):
             run(tiny(), tmp_path, optimizer="adamw")
+
+
+@pytest.mark.parametrize("name, theirs", [("adamw8bit", "AdamW8bit"), ("paged_adamw", "PagedAdamW"),
+                                          ("paged_adamw8bit", "PagedAdamW8bit")])  # fmt: skip
+def test_on_a_gpu_bitsandbytes_is_asked(name, theirs, monkeypatch):
+    loop = sys.modules["peftlab.train"]
+    monkeypatch.setattr(_bitsandbytes(theirs, name), "__init__", lambda self, *args, **more: vars(self).update(more))
+    on_gpu = [types.SimpleNamespace(device=torch.device("cuda"))]
+    optimizer = loop._optimizer(on_gpu, loop.Settings(optimizer=name, lr=0.5, weight_decay=0.25))
+    assert type(optimizer).__name__ == theirs and vars(optimizer) == {"lr": 0.5, "weight_decay": 0.25}
 
 
 def test_optimizers_that_are_not_there(monkeypatch):
@@ -335,7 +346,7 @@ def test_a_dense_model_has_no_k_bit_preparation():
 
 
 def test_packing_twice_gives_the_same_codes():
-    """Why "merge → requantise" is not merely "merge": without an adapter it changes nothing, with one it rounds again."""
+    """Requantising as such loses nothing: it is the merged adapter that falls between the levels."""
     W = build("llama").model.layers[0].mlp.up_proj.weight.detach()
     once = pack(W, double=False)
     layer = nn.Linear(64, 128, bias=False)

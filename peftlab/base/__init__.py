@@ -50,12 +50,14 @@ def quiet():
 
 
 def load_base(
-    name: str | os.PathLike | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-) -> tuple[Any, Any]:
+    name: str | os.PathLike | None = None, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+    quantize: str | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
     """(model, tokenizer) of a base model, in eval mode.
 
     name: a Hub id or a folder; default: the environment's PEFTLAB_BASE, else the embedded model (3.4M parameters).
     device: default the GPU if there is one. dtype: default float32 for the embedded model, else as stored.
+    quantize: "nf4" or another kind, to pack its layers while they are read (see `load_quantized`); default: dense.
     Raises FileNotFoundError, OSError or ValueError that say what is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,10 +67,15 @@ def load_base(
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True)
+            if quantize is None:
+                model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise _missing(name, RuntimeError(first)) from None
+    if quantize is not None:
+        from ..nf4_loading import load_quantized
+
+        model = load_quantized(name, kind=quantize, dtype=dtype, device=device)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # many Hub models have none; padding is masked, so any token does
     return model.to(device).eval(), tokenizer

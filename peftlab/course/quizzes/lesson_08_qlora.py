@@ -63,7 +63,7 @@ QUESTIONS = (
                 "It rounds them as coarsely as the first ones: with errors of the size of ΔW or larger.",
             ),
             yes(
-                "A new model: every weight of the sum is rounded to one of 16 levels, and much of ΔW is lost in it.",
+                "A new model: every weight of the sum is rounded to one of 16 levels, by as much as ΔW itself may be.",
                 "Keep base and adapter apart, or merge into dense weights, or test what is left after packing.",
             ),
             no(
@@ -91,20 +91,21 @@ QUESTIONS = (
         "Dettmers et al. 2023, arXiv:2305.14314, section 3, “Paged Optimizers”",
     ),
     Question(
-        "“QLoRA matches 16-bit fine-tuning.” What does that rest on, here and in the paper?",
+        "“QLoRA matches 16-bit fine-tuning.” What does that rest on in the paper?",
         (
             yes(
-                "On tests in which the two came out within the spread of the seeds or the error of the benchmark.",
-                "It holds for these models and tasks, with adapters on all linear layers; a gap may hide in the spread.",
+                "On benchmarks in which the two came out within the error of the measurement.",
+                "It is said of these models and tasks, with adapters on all linear layers. A small gap may be hidden.",
             ),
             no(
                 "On a proof that NF4 loses no information.",
-                "It loses: the untrained model is a little worse. The claim is that training on top makes up for it.",
+                "Sixteen levels cannot hold 16-bit weights. The claim is that training makes up for what is lost.",
             ),
             no(
                 "On the adapter having as many parameters as the base.",
                 "It has a percent or so of them.",
             ),
         ),
+        "Dettmers et al. 2023, arXiv:2305.14314, section 4",
     ),
 )
