@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .attach import _defaults, adapters, attach_plan, detach, find_targets, hosts, patterned, switch_of
 from .core import METHODS, Adapter
 from .formats import LAYOUTS, PREFIX, Plan
-from .paths import atomic_files
 from .layers import is_quantised, weight_of
+from .paths import atomic_files
 from .sites import at, sites
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

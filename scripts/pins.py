@@ -17,10 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
 # On Linux torch names its own CUDA packages exactly; its CPU build needs none, so they are not pinned here.
-CUDA = re.compile(r"(nvidia-|cuda-|triton)")
+CUDA = re.compile(r"(nvidia-|cuda-)")
 HEADER = """\
 # Exact versions of everything the course runs on, made by `make pins` from pyproject.toml: edit that one, not this.
-# Two lines where a package's newer versions need Python 3.11. What torch brings for a GPU (CUDA, Triton), it pins.
+# Two lines where a package's newer versions need Python 3.11. What torch brings for CUDA, it pins.
 """
 
 

@@ -64,7 +64,8 @@ def state(model) -> dict[str, torch.Tensor]:
 
 
 def tolerance(dtype: str) -> dict:
-    # fp32, also what NF4 unpacks to: sums in another order. bf16: 8 bits of mantissa, and a merged weight is rounded once more
+    # fp32, also what NF4 unpacks to: sums in another order.
+    # bf16: 8 bits of mantissa, and a merged weight is rounded once more
     return dict(rtol=0.05, atol=0.15) if dtype == "bf16" else dict(rtol=1e-5, atol=2e-5)
 
 

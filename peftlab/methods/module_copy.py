@@ -14,7 +14,8 @@ class ModuleCopy(Adapter):
     """A copy of the module, trained in full in its place: for new heads and other parts that must change entirely.
 
     y = f′(x), with f′ the copy; the frozen module stays, so the copy is switched, mixed, merged like any adapter.
-    The copy of a quantised layer is dense. Trained: every parameter of the module. In HF PEFT's files: `modules_to_save`, beside any other method.
+    The copy of a quantised layer is dense. Trained: every parameter of the module.
+    In HF PEFT's files: `modules_to_save`, beside any other method.
     Source: modules_to_save of HF PEFT, docs of LoraConfig; its use for heads: Hu et al. 2021, arXiv:2106.09685, 5.1.
     """
 
