@@ -10,8 +10,9 @@ FIXED := env -u PEFTLAB_BASE OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 CUDA_VISIBLE_DE
 NBVAL ?= --nbval
 ARGS ?=
 NB ?=
-# lora_rank.py and classic.py are experiments of half an hour and more with recorded results: run by hand
-BENCHMARKS := benchmarks/step.py benchmarks/count.py
+# lora_rank.py, classic.py and qlora.py are experiments of half an hour and more with recorded results: run by hand;
+# quantize_memory.py takes minutes, nf4_gpu.py a GPU
+BENCHMARKS := benchmarks/step.py benchmarks/count.py benchmarks/nf4.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lab test test-fast test-notebooks test-browser lint bench notebooks count pins clean

@@ -19,6 +19,7 @@ import logging
 import os
 import platform
 import random
+import statistics
 import sys
 import time
 import tracemalloc
@@ -28,6 +29,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from step import CLOCKS, MIB, peak_bytes, quartiles  # noqa: E402  # the benchmark beside this file
@@ -118,6 +124,11 @@ def peak(work: Callable[[], torch.Tensor]) -> int:
         tracemalloc.stop()
 
 
+def page_faults() -> int:
+    """Pages of memory that this process was given so far; 0 where the system does not say."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
+
+
 def measure(work: Work, rounds: int, clock: Callable[[], float]) -> dict:
     results = [getattr(work, who)().float() for who in WORKS]
     error = float((results[0] - results[1]).norm() / results[1].norm().clamp(min=1e-30))
@@ -125,18 +136,21 @@ def measure(work: Work, rounds: int, clock: Callable[[], float]) -> dict:
         raise SystemExit(f"{work.name}: results differ by {error:.1e} of their norm: nothing to compare")
     del results
     seconds: dict[str, list[float]] = {who: [] for who in WORKS}
+    faults: dict[str, list[int]] = {who: [] for who in WORKS}
     draw, began = random.Random(0), time.perf_counter()
     while len(seconds["ours"]) < rounds and (len(seconds["ours"]) < 3 or time.perf_counter() - began < ENOUGH):
         gc.collect()
         for who in draw.sample(list(WORKS), len(WORKS)):
-            start = clock()
+            before, start = page_faults(), clock()
             result = getattr(work, who)()
             seconds[who].append(clock() - start)
+            faults[who].append(page_faults() - before)
             del result
     ratio = quartiles([a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)])
     return {
         "work": work.name, "rounds": len(seconds["ours"]), "ratio": ratio, "error": error,
         **{f"{who}_ms": [1000 * q for q in quartiles(times)] for who, times in seconds.items()},
+        **{f"{who}_faults": statistics.median(counts) for who, counts in faults.items()},
         **{f"{who}_peak_mib": peak(getattr(work, who)) / MIB for who in WORKS},
     }  # fmt: skip
 
@@ -146,10 +160,11 @@ def table(rows: list[dict]) -> str:
         return f"{values[1]:.{digits}f} ({values[0]:.{digits}f}–{values[2]:.{digits}f})"
 
     head = ("work", "bitsandbytes ms (IQR)", "ours ms (IQR)", "ours / bitsandbytes", "its peak MiB", "our peak MiB",
-            "difference")  # fmt: skip
+            "its page faults", "our page faults", "difference")  # fmt: skip
     body = [
         (row["work"], spread(row["theirs_ms"], 1), spread(row["ours_ms"], 1), spread(row["ratio"], 2),
-         f"{row['theirs_peak_mib']:.1f}", f"{row['ours_peak_mib']:.1f}", f"{row['error']:.0e}" if row["error"] else "0")
+         f"{row['theirs_peak_mib']:.1f}", f"{row['ours_peak_mib']:.1f}",
+         f"{row['theirs_faults']:,.0f}", f"{row['ours_faults']:,.0f}", f"{row['error']:.0e}" if row["error"] else "0")
         for row in rows
     ]  # fmt: skip
     return lab.markdown(head, body)

@@ -9,6 +9,7 @@ from torch import nn
 
 from .attach import hosts
 from .core import Adapted
+from .layers import is_quantised
 
 # The last words of the paths of what stands between the blocks and the output.
 HEADS = re.compile(r"(.*\.)?(lm_head|score|classifier|pre_classifier|classification_head|qa_outputs|pooler|cls|heads?)")
@@ -20,6 +21,7 @@ def full_finetuning(model: nn.Module) -> nn.Module:
     Raises ValueError if adapters are attached or the base is quantised; then nothing was changed.
     """
     _check_bare(model, "full fine-tuning")
+    _check_dense(model)
     _train_only(model, model.parameters())
     return model
 
@@ -39,6 +41,8 @@ def last_layers(model: nn.Module, n: int = 1, head: bool = True, tied: bool = Fa
     if type(n) is not int or not 1 <= n <= len(blocks):
         raise ValueError(f"n={n!r} is not in 1…{len(blocks)}: {type(model).__name__} has {len(blocks)} blocks ({path})")
     parts = [*blocks[-n:], *_final_norms(model, path)]
+    for part in parts:
+        _check_dense(part)
     trained = [p for part in parts for p in part.parameters()]
     if head:
         embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -96,6 +100,13 @@ def _check_bare(model: nn.Module, what: str) -> None:
     if there:
         raise ValueError(f"{what} is a baseline without adapters, but {', '.join(map(repr, there))} "
                          f"{'is' if len(there) == 1 else 'are'} attached; call detach(model) first")  # fmt: skip
+
+
+def _check_dense(module: nn.Module) -> None:
+    packed = [name for name, inner in module.named_modules() if is_quantised(inner)]
+    if packed:
+        raise ValueError(f"{packed[0]!r} of {type(module).__name__} is quantised, which has no gradient; load the base "
+                         "without quantisation, or attach adapters to it instead")  # fmt: skip
 
 
 def _train_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:

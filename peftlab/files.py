@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from .attach import _defaults, adapters, attach_plan, detach, find_targets, hosts, patterned, switch_of
 from .core import METHODS, Adapter
 from .formats import LAYOUTS, PREFIX, Plan
-from .layers import is_quantised, weight_of
+from .layers import is_linear, is_quantised, weight_of
 from .paths import atomic_files
-from .sites import at, sites
+from .sites import at, bare, sites
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COPY = "ModuleCopy"
@@ -60,34 +60,43 @@ def _fingerprint(model: nn.Module, paths) -> dict[str, str]:
     adapter on another base, and not to mind its own base in four bits."""
     found, room = {}, {}
     for path in sorted(paths)[:: max(1, len(paths) // 8)]:
-        if (first := _first(model, path)) is not None:
-            found[path] = [round(v, 6) for v in first[0].tolist()]
-            if first[1]:
-                room[path] = round(first[1], 6)
+        for numbers, moved in _first(model, path)[:1]:
+            found[path] = [round(v, 6) for v in numbers.tolist()]
+            if moved:
+                room[path] = round(moved, 6)
     return {"peftlab_base": json.dumps(found)} | ({"peftlab_packed": json.dumps(room)} if room else {})
 
 
-def _first(model: nn.Module, path: str) -> tuple[Tensor, float] | None:
-    """The first eight numbers of the weight at a path, and the largest error that four bits can have made in them."""
-    layer = _bare(model, path)
-    if is_quantised(layer) and not any(t.is_meta for t in layer.buffers()):
-        block = weight_of(layer).flatten()[: getattr(layer, "block", 64)].float().cpu()
-        return block[:8], 0.17 * block.abs().max().item()  # half of NF4's widest step is 0.152 of the block's largest
-    weight = _weight(model, path)
-    return None if weight is None else (weight.detach().flatten()[:8].float().cpu(), 0.0)
+def _first(model: nn.Module, path: str) -> list[tuple[Tensor, float]]:
+    """The first eight numbers along W (out, in) of the layer at a path, or of the first one inside of it, and along Wᵀ;
+    with each the largest error that four bits can have made in them. Empty if there are no values.
+
+    Along Wᵀ, as a Conv1D lies in memory: older files of adapters on GPT-2 hold these.
+    """
+    layers = [bare(module) for module in _bare(model, path).modules()]
+    layer = next((m for m in layers if is_quantised(m) or next(m.parameters(recurse=False), None) is not None), None)
+    stored = getattr(layer, "weight", None)
+    if not isinstance(stored, Tensor):
+        stored = None if layer is None else next(layer.parameters(recurse=False), None)
+    if layer is None or stored is None or stored.is_meta or not (is_quantised(layer) or stored.is_floating_point()):
+        return []
+    W = (weight_of(layer) if is_linear(layer) else stored).detach()
+    W = W.unsqueeze(0) if W.dim() < 2 else W.flatten(1)
+    out_features, in_features = W.shape
+    k, found = torch.arange(min(8, W.numel())), []
+    for i, j in ((k // in_features, k % in_features), (k % out_features, k // out_features)):
+        room = 0.0
+        if is_quantised(layer):  # half of NF4's widest step is 0.152 of the block's largest
+            block = getattr(layer, "block", 64)
+            starts = {n // block * block for n in (i * in_features + j).tolist()}
+            room = 0.17 * max(W.view(-1)[start : start + block].abs().max().item() for start in starts)
+        found.append((W[i, j].float().cpu(), room))
+    return found
 
 
 def _bare(model: nn.Module, path: str) -> nn.Module:
     host = hosts(model).get(path)
     return at(model, path) if host is None else (host.original or host.layer)
-
-
-def _weight(model: nn.Module, path: str) -> Tensor | None:
-    """The weight of the layer at a path, or the first one inside of it; None if there is none with values."""
-    layer = _bare(model, path)
-    weight = getattr(layer, "weight", next(layer.parameters(), None))
-    usable = isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"
-    return weight if usable else None
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Path:
@@ -261,11 +270,9 @@ def _place(key: str, method: type[Adapter], there: Mapping[str, nn.Module]) -> t
 def _check_base(model: nn.Module, metadata: Mapping[str, str], folder: Path) -> None:
     packed = json.loads(metadata.get("peftlab_packed", "{}"))
     for path, numbers in json.loads(metadata.get("peftlab_base", "{}")).items():
-        if (first := _first(model, path)) is None:
-            continue
-        here, room = first
-        room += packed.get(path, 0.0) + 1e-4
-        if not torch.allclose(here, torch.tensor(numbers), rtol=0.02, atol=room):  # room for a bf16 copy of the base
+        there, here = torch.tensor(numbers), _first(model, path)
+        room = packed.get(path, 0.0) + 1e-4  # and rtol: room for a bf16 copy of the base
+        if here and not any(torch.allclose(n[: len(there)], there, rtol=0.02, atol=room + more) for n, more in here):
             raise ValueError(f"the adapter in {folder} was trained on another base: the weights of {path!r} differ. "
                              "Load that base, or pass check_base=False to use it all the same")  # fmt: skip
 

@@ -20,8 +20,10 @@ def is_linear(layer: nn.Module) -> bool:
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether a layer keeps its weights in codes: ours, or bitsandbytes'."""
-    return hasattr(layer, "dequantize") or hasattr(getattr(layer, "weight", None), "quant_state")
+    """Whether a linear layer keeps its weights in codes: ours, or bitsandbytes' four bits. Whole models of transformers
+    have a `dequantize` too, packed or not."""
+    theirs = getattr(getattr(layer, "weight", None), "quant_state", None)
+    return is_linear(layer) and (hasattr(layer, "dequantize") or theirs is not None)
 
 
 def shape_of(layer: nn.Module) -> tuple[int, int]:
@@ -37,6 +39,10 @@ def weight_of(layer: nn.Module) -> Tensor:
     """W (out, in) of a linear layer whatever its storage; a quantised layer is dequantised, at the cost of one copy."""
     if hasattr(layer, "dequantize"):
         return layer.dequantize()
+    if is_quantised(layer):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return layer.weight.T if is_conv1d(layer) else layer.weight
 
 

@@ -36,6 +36,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STEPS = 65535  # of bitsandbytes' table for 8-bit codes
 SMALLEST = 1e-38  # an absmax below it counts as this much, so that its reciprocal is finite
 CACHED = 2**17  # weights worked on at a time: float32 copies of them stay in a CPU core's cache
+ALONE = 7 * 4096  # the same with more than one thread, see `_step`
 DENSE = 2**21  # weights of a layer that are dense at a time on a CPU: 8 MiB
 
 TRITON = {"cuda"}  # kinds of devices on which Triton's kernels unpack, where they run; empty: plain tensor code does
@@ -51,14 +52,14 @@ def _nf4() -> Tensor:
     zero, the two sides differ. Float32 steps and float64 quantiles, as the authors' program has them: it is not the
     formula of the paper's equation 4, whose table is another one.
     """
-    quantiles = [torch.special.ndtri(torch.linspace(OFFSET, 0.5, n)[:-1].double()) for n in (9, 8)]
+    quantiles = [torch.special.ndtri(torch.linspace(OFFSET, 0.5, n, dtype=torch.float32)[:-1].double()) for n in (9, 8)]
     return torch.cat([quantiles[0], torch.zeros(1), -quantiles[1]]).sort().values.float()
 
 
 def _fp4() -> Tensor:
-    """Sign, two bits of exponent e, one of mantissa m, in the order of these bits: ±(2 + m)·2³⁻ᵉ; e = 0 gives 0, 1/16."""
+    """Sign, two bits of exponent e, one of mantissa m, in this order: ±(2 + m)·2³⁻ᵉ; e = 0 gives 0 and 1/16."""
     half = [0, 1 / 16] + [(2 + m) * 2.0 ** (3 - e) for e in (1, 2, 3) for m in (0, 1)]
-    return torch.tensor(half + [-value for value in half])
+    return torch.tensor(half + [-value for value in half], dtype=torch.float32)
 
 
 def _dynamic() -> Tensor:
@@ -66,17 +67,17 @@ def _dynamic() -> Tensor:
 
     Source: Dettmers 2015, arXiv:1511.04561, section 2.
     """
-    edges = [torch.linspace(0.1, 1, 2**decade + 1) for decade in range(7)]
+    edges = [torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32) for decade in range(7)]
     half = torch.cat([10.0 ** (decade - 6) * ((e[:-1] + e[1:]) / 2) for decade, e in enumerate(edges)])
-    return torch.cat([half, -half, torch.tensor([0.0, 1.0])]).sort().values
+    return torch.cat([half, -half, half.new_tensor([0.0, 1.0])]).sort().values
 
 
 with torch.device("cpu"):  # whatever device the import happens under
     LEVELS = {
         "nf4": _nf4(),
         "fp4": _fp4(),
-        "int4": torch.arange(-7.0, 8.0),  # even steps, as many below zero as above it
-        "int8": torch.arange(-127.0, 128.0),
+        "int4": torch.arange(-7, 8, dtype=torch.float32),  # even steps, as many below zero as above it
+        "int8": torch.arange(-127, 128, dtype=torch.float32),
         "dynamic8": _dynamic(),
     }
 for _kind, _values in LEVELS.items():
@@ -92,7 +93,7 @@ def levels(kind: str = "nf4") -> Tensor:
 
 def check_kind(kind: str) -> None:
     """ValueError unless there is such a data type."""
-    if kind not in LEVELS:
+    if kind not in list(LEVELS):
         raise ValueError(f"no data type {kind!r}; there are {', '.join(LEVELS)}")
 
 
@@ -109,7 +110,7 @@ _TABLES: dict[tuple[str, torch.device], Tables] = {}
 
 
 def tables(kind: str, device: torch.device) -> Tables:
-    """Made once. A plain dict and no functools.cache, so that torch.compile sees tensors and not how they came to be."""
+    """Made once. In a plain dict, not by functools.cache: torch.compile shall see tensors, not how they came to be."""
     if (kind, device) not in _TABLES:
         values, byte = LEVELS[kind], torch.arange(256, device="cpu")
         order = torch.argsort(values)
@@ -138,40 +139,49 @@ class Packed(NamedTuple):
 
     @property
     def bits(self) -> float:
-        """Bits a weight takes, scales included; the table of levels and the mean, the same few for any size, are not."""
+        """Bits a weight takes, with its scales; without the levels and the mean, a few bytes whatever the size."""
         parts = [self.codes, self.absmax] + ([] if self.nested_absmax is None else [self.nested_absmax])
         return 8 * sum(t.nbytes for t in parts) / math.prod(self.shape)
 
 
 def pack(W: Tensor, block: int = 64, kind: str = "nf4", double: bool = True) -> Packed:
-    """Weights of any shape in float32, bfloat16 or float16 -> their codes and scales, in blocks along the last dimension.
+    """Weights of any shape in float32, bfloat16 or float16 -> codes and scales, in blocks along the last dimension.
 
     block: weights that share a scale, a power of two from 32 to 4096. kind: see `levels`. double: pack the scales too.
-    Takes about 2 MiB beside what it returns. A tensor on "meta" gives the shapes alone.
-    Raises ValueError for a block size, kind or dtype there is not, an empty tensor, or a weight that is NaN or infinite.
+    Takes some MiB beside what it returns (double: as much as the codes), and a copy of W if it is not contiguous.
+    A tensor on "meta" gives the shapes alone.
+    Raises ValueError for a block size, kind or dtype there is not, an empty tensor, or weights that are NaN or infinite.
     """
     check_pack(W, block, kind)
     flat, per_byte = W.detach().reshape(-1), 1 if kind == "int8" else 2
     count = math.ceil(flat.numel() / block)
     codes = torch.empty(math.ceil(flat.numel() / per_byte), 1, dtype=torch.uint8, device=W.device)
-    absmax = torch.empty(count, device=W.device)
+    absmax = torch.empty(count, dtype=torch.float32, device=W.device)
     if not W.is_meta:
-        step = max(block, CACHED if W.device.type == "cpu" else 2**24)
+        step = max(block, _step() if W.device.type == "cpu" else 2**24)
         for start in range(0, flat.numel(), step):
             part = flat[start : start + step].float()
             scaled = _scale(part, block, absmax[start // block :])
             code = _nearest(scaled, kind)[: len(part) + len(part) % per_byte]
-            codes[start // per_byte :][: len(code) // per_byte, 0] = code if per_byte == 1 else code[::2] * 16 + code[1::2]
+            if per_byte == 2:
+                code = code[::2] * 16 + code[1::2]
+            codes[start // per_byte :][: len(code), 0] = code
         if not absmax.isfinite().all():
             raise ValueError(not_finite(W))
     whole = Packed(codes, absmax, None, None, None, tuple(W.shape), W.dtype, kind, block)
     return _pack_scales(whole) if double else whole
 
 
+def _step() -> int:
+    """How many weights a CPU works on at a time. torch shares operations on 32,768 numbers and more among its threads;
+    on a busy machine these wait for each other at each of thousands, and take a hundred times as long."""
+    return CACHED if torch.get_num_threads() == 1 else ALONE
+
+
 def check_pack(W: Tensor, block: int, kind: str) -> None:
     """ValueError if `pack` cannot take this tensor, whatever its values."""
-    if block not in BLOCKS:
-        raise ValueError(f"block size {block} is none of {', '.join(map(str, BLOCKS))}")
+    if type(block) is not int or block not in BLOCKS:
+        raise ValueError(f"block size {block!r} is none of {', '.join(map(str, BLOCKS))}")
     check_kind(kind)
     if kind == "dynamic8":
         raise ValueError(f"'dynamic8' is for scales, not for weights; take {', '.join(k for k in LEVELS if k != kind)}")
@@ -238,11 +248,11 @@ def _pack_scales(p: Packed) -> Packed:
 
 def scales(p: Packed) -> Tensor:
     """The absmax of each block, (b,) float32: as stored, or put together again after double quantisation."""
-    if p.nested_absmax is None:
+    if p.nested_absmax is None or p.nested_levels is None:
         return p.absmax
     code = F.pad(p.absmax, (0, -len(p.absmax) % NESTED)).int()
     value = p.nested_levels.index_select(0, code).view(-1, NESTED)
-    return (value * p.nested_absmax.unsqueeze(1) + p.offset).view(-1)[: len(p.absmax)]
+    return value.mul_(p.nested_absmax.unsqueeze(1)).add_(p.offset).view(-1)[: len(p.absmax)]
 
 
 def unpack(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
@@ -259,7 +269,7 @@ def unpack(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def kernels(p: Packed) -> ModuleType | None:
-    """nf4_triton, where it can unpack this; None: plain tensor code does, as in torch.compile, which fuses it itself."""
+    """nf4_triton, where it can unpack this; None: plain tensor code does, which torch.compile fuses by itself."""
     if torch.compiler.is_compiling() or p.codes.device.type not in TRITON or p.kind == "int8":
         return None
     return _tried(p.codes.device)
@@ -300,7 +310,7 @@ def _fill(out: Tensor, codes: Tensor, absmax: Tensor, kind: str, block: int) -> 
     """
     table = tables(kind, out.device).weights
     per_byte, one = table.shape[1], torch.float32 if kind == "int8" else torch.complex64
-    for start in range(0, len(out), step := max(CACHED, block)):
+    for start in range(0, len(out), step := max(_step(), block)):
         here = out[start : start + step]
         code = codes[start // per_byte : (start + step) // per_byte].int()
         values = here

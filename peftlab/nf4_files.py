@@ -97,7 +97,7 @@ def _from_state(tensors: Mapping[str, Tensor]) -> Packed:
     _check_levels(part[".quant_map"], kind, "weight.quant_map")
     if double:
         _check_levels(part[".nested_quant_map"], "dynamic8", "weight.nested_quant_map")
-        part["mean"] = torch.tensor(float(facts["nested_offset"]), device=part[""].device)
+        part["mean"] = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=part[""].device)
     return Packed(part[""].view(-1, 1), part[".absmax"], part.get(".nested_absmax"), part.get(".nested_quant_map"),
                   part.get("mean"), shape, getattr(torch, facts["dtype"]), kind, block)  # fmt: skip
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attach import Targets, _is_tied, find_targets, hosts
+from .attach import Targets, _is_tied, find_targets
 from .core import Adapted
-from .layers import is_quantised, shape_of, weight_of
+from .layers import is_linear, is_quantised, shape_of, weight_of
 from .nf4 import FLOATS, Packed, check_pack, kernels, not_finite, pack, unpack, unpack_rows
 from .sites import at, bare, group, put
 
@@ -169,6 +169,9 @@ class NF4Linear(nn.Module):
         mine = {key.removeprefix(start): state_dict.pop(key) for key in list(state_dict)
                 if key == start or key.startswith(f"{start}.")}  # fmt: skip
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if not mine:  # a part of a model, such as an adapter's: strict=False allows that
+            missing.append(start)
+            return
         try:
             p = from_state(mine, start)
             if p.shape != self.packed.shape:
@@ -176,7 +179,8 @@ class NF4Linear(nn.Module):
         except ValueError as error:
             errors.append(str(error))
         else:
-            self._put(Packed(*[t if t is None else t.to(self.weight.device) for t in p[:5]], *p[5:]))
+            here = None if metadata.get("assign_to_params_buffers") else self.weight.device
+            self._put(Packed(*[t if t is None else t.to(here or t.device) for t in p[:5]], *p[5:]))
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
@@ -216,16 +220,15 @@ def quantize(model: nn.Module, skip: Targets = (), also: Targets = (), *, block:
 
     Embeddings, norms, the output head and what transformers keeps in float32 (T5's wo) stay as they are. skip, also:
     paths of layers that stay too, or that do not, as `attach` takes them ("down_proj", "lm_head"). Adapters attached
-    before stay where they are, and merged ones are packed with their layer; where merging made layers of a packed model
-    dense, those alone are packed again. A model fresh from its file, where all trains, is frozen by this: four bits
-    cannot be trained.
+    before stay where they are, and merged ones are packed with their layer. Of a model that is packed in part, as after
+    a merge or an interruption, the dense layers are packed and the others stay. A model fresh from its file, where all
+    trains, is frozen by this: four bits cannot be trained.
     The dense weights of a layer are freed before the next one is packed, unless you hold them elsewhere.
-    Raises ValueError, and leaves the model as it was, for a layer that trains, shares its weights, is quantised
-    already or holds NaN, and for what `NF4Linear` refuses.
+    Raises ValueError, and leaves the model as it was, for a layer that trains, shares its weights, has hooks or holds
+    NaN, for a model that is quantised already, and for what `NF4Linear` refuses.
     """
     paths = _quantizable(model, skip, also)
-    if any(host.merged for host in hosts(model).values()):  # merging made its layers dense: they alone are packed again
-        paths = [path for path in paths if not isinstance(bare(at(model, path)), NF4Linear)] or paths
+    paths = [path for path in paths if not isinstance(bare(at(model, path)), NF4Linear)] or paths
     for path in paths:
         try:
             _check(model, path, block, kind, compute)
@@ -250,6 +253,8 @@ READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their fast path
 
 
 def _quantizable(model: nn.Module, skip: Targets, also: Targets) -> list[str]:
+    if is_linear(model):
+        raise ValueError(f"this {type(model).__name__} is a layer, not a model with layers; NF4Linear(layer) packs it")
     kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()),
             *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}  # fmt: skip
     paths = [path for path in group(model, "all-linear") if not kept & set(path.split("."))]
@@ -275,6 +280,8 @@ def _check(model: nn.Module, path: str, block: int, kind: str, compute: torch.dt
         raise ValueError(f"it belongs to {type(owner).__name__}, which reads its weight instead of calling it; skip it")
     if sum(module is layer for _, module in model.named_modules(remove_duplicate=False)) > 1:
         raise ValueError("it stands at more than one place in the model; skip it")
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        raise ValueError("it has hooks or a forward of its own, which would be lost; remove them first, or skip it")
     if layer.weight.requires_grad and not all(p.requires_grad for p in model.parameters()):
         raise ValueError("it trains, and four bits cannot be trained; freeze it (requires_grad_(False)), or skip it")
     if _is_tied(model, path, layer):

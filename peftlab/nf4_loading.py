@@ -92,7 +92,8 @@ def load_quantized(
             raise ValueError(f"{name!r} is packed already and is read as it is: leave out skip, also, block, kind and "
                              "double, or load the original weights")  # fmt: skip
         if compute is None and stored is not None:
-            compute = getattr(torch, stored.get("bnb_4bit_compute_dtype") or "float32")
+            asked = stored.get("bnb_4bit_compute_dtype") or "float32"
+            compute = getattr(torch, asked, asked)  # what is no dtype is refused next
             check_compute(compute, device)
         options = options._replace(packed=True, compute=None if compute == rest else compute)
     model = _load(name, config, tensors, options, rest, device)

@@ -106,7 +106,8 @@ def dequantize(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
 
 def multiplies(p: Packed, x: Tensor) -> bool:
     """Whether `matmul` does x·Wᵀ: few rows, and rows of W that begin with a whole byte."""
-    return p.shape[1] % 2 == 0 and 0 < x.numel() <= ROWS * p.shape[1] and x.dtype in nf4.FLOATS
+    fits = x.shape[-1] == p.shape[1] and 0 < x.numel() <= ROWS * p.shape[1]
+    return fits and p.shape[1] % 2 == 0 and x.dtype in nf4.FLOATS
 
 
 def matmul(x: Tensor, p: Packed) -> Tensor:
@@ -127,7 +128,7 @@ def matmul(x: Tensor, p: Packed) -> Tensor:
 
 def try_out(device: torch.device) -> None:
     """RuntimeError, or what the compiler raises, if the kernels do not give a CPU's numbers on this device."""
-    p = nf4.pack(torch.arange(4096.0).sin().view(32, 128))
+    p = nf4.pack(torch.arange(4096, dtype=torch.float32).sin().view(32, 128))
     there = p._replace(**{name: t.to(device) for name, t in p._asdict().items() if isinstance(t, Tensor)})
     for dtype in nf4.FLOATS:
         W = nf4.unpack(p, dtype)

@@ -79,7 +79,7 @@ class Settings:
         need(self.accumulation <= self.batch_size, "accumulation", f"more micro-batches than rows ({self.batch_size})")
         need(self.lr > 0 and math.isfinite(self.lr), "lr", "must be a positive number")
         need(0 <= self.warmup < 1, "warmup", "is a fraction of the steps: 0 ≤ warmup < 1")
-        known = callable(self.optimizer) or self.optimizer in OPTIMIZERS
+        known = callable(self.optimizer) or self.optimizer in list(OPTIMIZERS)
         need(known, "optimizer", f"must be one of {list(OPTIMIZERS)} or a function from parameters to an optimizer")
         known = callable(self.schedule) or self.schedule in SCHEDULES
         need(known, "schedule", f"must be a function or one of {list(SCHEDULES)}")

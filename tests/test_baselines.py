@@ -165,6 +165,19 @@ def test_a_quantised_base_is_refused_and_nothing_changes(baseline):
     assert trained(model) == set()
 
 
+@pytest.mark.parametrize("baseline", [pl.full_finetuning, pl.last_layers])
+def test_packed_layers_are_refused_where_they_would_train(baseline):
+    model = pl.quantize(build("llama"))
+    with pytest.raises(ValueError, match="q_proj' .*is quantised, which has no gradient"):
+        baseline(model)
+    assert trained(model) == set()
+
+
+def test_the_last_layers_may_stand_on_packed_ones():
+    model = pl.quantize(build("llama"), skip=r"layers\.1\..*_proj")
+    assert any("layers.1." in name for name in trained(pl.last_layers(model)))
+
+
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="Sequential has no nn.ModuleList of equal blocks"):
         pl.last_layers(nn.Sequential(nn.Linear(3, 3)))

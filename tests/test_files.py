@@ -243,18 +243,50 @@ def test_a_swap_in_place_minds_the_tokens_and_does_not_mind_dropout(tmp_path):
     pl.load_adapter(pl.attach(build("llama"), pl.LoRA, "q_proj", name="a"), tmp_path / "d", name="a")
 
 
-def test_an_adapter_knows_its_base_in_four_bits_and_no_other(tmp_path):
+@pytest.mark.parametrize("family, method, targets", [
+    ("llama", "LoRA", "q_proj|v_proj"),
+    ("gpt2", "LoRA", "c_attn|c_fc"),  # a Conv1D lies transposed in memory, a packed one does not
+    ("qwen2", "PrefixTuning", None),  # attention modules whose only dense tensors, once packed, are biases
+    ("llama", "PromptTuning", None),  # the whole model inside of its head
+])  # fmt: skip
+def test_an_adapter_knows_its_base_in_four_bits_and_no_other(family, method, targets, tmp_path):
     """Trained on the dense base it goes onto the packed one, and back; another base is refused in either form."""
-    dense, packed = build("llama"), pl.quantize(build("llama"))
+    dense, packed = build(family), pl.quantize(build(family))
     for number, model in enumerate((dense, packed)):
-        pl.attach(model, pl.LoRA, targets="q_proj|v_proj", r=2)
+        pl.attach(model, method, targets=targets)
         pl.save_adapter(model, tmp_path / str(number))
-        for other in (build("llama"), pl.quantize(build("llama"))):
+        for other in (build(family), pl.quantize(build(family))):
             pl.load_adapter(other, tmp_path / str(number))
         torch.manual_seed(1)
-        stranger = build("llama")
+        stranger = build(family)
         for p in stranger.parameters():
             p.data.normal_()
         for other in (stranger, pl.quantize(copy.deepcopy(stranger))):
             with pytest.raises(ValueError, match="another base"):
                 pl.load_adapter(other, tmp_path / str(number))
+
+
+def test_an_adapter_on_conv1d_of_an_older_file_knows_its_base(tmp_path):
+    """Such a file holds the first numbers as they lie in memory, along Wᵀ."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    model = pl.attach(build("gpt2"), pl.LoRA, targets="c_attn", r=2)
+    file = pl.save_adapter(model, tmp_path) / "adapter_model.safetensors"
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata()
+    there = json.loads(metadata["peftlab_base"])
+    for path in there:
+        there[path] = model.get_submodule(path).layer.weight.flatten()[:8].tolist()
+    save_file(load_file(file), file, {**metadata, "peftlab_base": json.dumps(there)})
+    for other in (build("gpt2"), pl.quantize(build("gpt2"))):
+        pl.load_adapter(other, tmp_path)
+    with pytest.raises(ValueError, match="another base"):
+        pl.load_adapter(build("gpt2", seed=1), tmp_path)
+
+
+def test_a_whole_model_can_be_a_module_to_save(tmp_path):
+    """transformers' models have a `dequantize` whether they are packed or not."""
+    model = pl.attach(build("llama"), pl.LoRA, targets="lm_head", modules_to_save="model")
+    pl.save_adapter(model, tmp_path)
+    pl.load_adapter(build("llama"), tmp_path)

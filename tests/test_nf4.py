@@ -7,6 +7,8 @@ import logging
 import math
 import statistics
 import struct
+import subprocess
+import sys
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -407,7 +409,7 @@ def test_weights_that_are_not_finite_are_refused_for_every_kind(kind, double):
         nf4.pack(torch.zeros(64).index_fill(0, torch.tensor([3, 40]), math.nan), 64, kind, double)
 
 
-@pytest.mark.parametrize("block", [0, -64, 1, 16, 63, 96, 8192, 64.5, None])
+@pytest.mark.parametrize("block", [0, -64, 1, 16, 63, 96, 8192, 64.0, None])
 def test_other_block_sizes_are_refused(block):
     with pytest.raises(ValueError, match=rf"block size {block} is none of 32, 64, .*, 4096"):
         nf4.pack(torch.zeros(64), block)
@@ -434,3 +436,21 @@ def test_other_dtypes_are_refused(dtype):
 def test_nothing_is_refused(shape):
     with pytest.raises(ValueError, match=rf"nothing to pack, its shape is \({shape[0]},"):
         nf4.pack(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("default", ["float64", "bfloat16"])
+def test_the_default_dtype_does_not_matter(default):
+    """Whether it was changed before the tables are made, when the module is imported, or before packing."""
+    code = f"""
+import torch
+torch.set_default_dtype(torch.{default})
+from peftlab import nf4
+from peftlab.nf4_files import from_state, to_state
+p = nf4.pack(torch.arange(5000, dtype=torch.float32).sin())
+p = from_state(to_state(p))
+print([(t.dtype, t.double().sum().item()) for t in (*p[:5], *nf4.LEVELS.values(), nf4.unpack(p))])
+"""
+    p = nf4.pack(torch.arange(5000, dtype=torch.float32).sin())
+    want = [(t.dtype, t.double().sum().item()) for t in (*p[:5], *nf4.LEVELS.values(), nf4.unpack(p))]
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert got.strip() == str(want)

@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import peftlab as pl
-from peftlab import nf4
+from peftlab import nf4, nf4_layer
 from peftlab.attach import hosts
-from peftlab.layers import is_conv1d, weight_of
+from peftlab.layers import dense, is_conv1d, weight_of
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of compiled kernels that are not there
 
@@ -186,6 +186,13 @@ def test_it_computes_what_bitsandbytes_does(kind, double, block, in_features):
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_weights_of_a_layer_of_bitsandbytes_are_its_dequantised_ones():
+    source = linear(128, 80)
+    theirs, ours = bitsandbytes_layer(source, "nf4", 64, True), pl.NF4Linear(source)
+    assert torch.equal(weight_of(theirs), weight_of(ours)) and weight_of(theirs).dtype == torch.float32
+    assert torch.equal(dense(theirs).weight, ours.dequantize())
 
 
 def saved(work) -> list[torch.Tensor]:
@@ -376,6 +383,26 @@ def test_a_state_dict_without_the_weight_is_refused():
     with pytest.raises(RuntimeError, match="weight"):
         layer.load_state_dict({"bias": layer.bias})
     assert snapshot(layer)["bytes"]["weight"] == before
+
+
+def test_a_part_of_a_state_dict_leaves_the_rest_as_it_is():
+    """As the state dict of a head or of adapters does, with strict=False."""
+    model = pl.quantize(build("llama"))
+    before = logits(model)
+    head = {"lm_head.weight": model.lm_head.weight}
+    with pytest.raises(RuntimeError, match="Missing key.*q_proj.weight"):
+        model.load_state_dict(head)
+    assert "model.layers.0.mlp.up_proj.weight" in model.load_state_dict(head, strict=False).missing_keys
+    assert torch.equal(logits(model), before)
+
+
+def test_a_model_without_data_takes_its_weights_from_a_state_dict():
+    full = pl.quantize(nn.Sequential(linear(), linear(64, 32)))
+    with torch.device("meta"):
+        empty = pl.quantize(nn.Sequential(linear(), linear(64, 32)))
+    empty.load_state_dict(full.state_dict(), assign=True)
+    x = torch.randn(2, 96)
+    assert torch.equal(empty(x), full(x))
 
 
 # --- compiled and recomputed ----------------------------------------------------------------------------------------
@@ -605,7 +632,12 @@ def theirs_in_eight_bits(model):
     model.requires_grad_(False).model.layers[1].mlp.up_proj = layer.to("cpu").requires_grad_(False)
 
 
+def hook_one(model):
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda module, args, y: 2 * y)
+
+
 @pytest.mark.parametrize("spoil, how, message", [
+    (hook_one, {}, "'model.layers.1.mlp.up_proj' cannot be quantised: it has hooks"),
     (spoil_late, {}, "'model.layers.1.mlp.down_proj' cannot be quantised: 1 of 2,048 weights are NaN"),
     (train_one, {}, r"'model.layers.1.mlp.up_proj' cannot be quantised: it trains, .*freeze it \(requires_grad_\("),
     (tie_two, {}, "'model.layers.0.mlp.up_proj' cannot be quantised: it shares its weight with another.*skip it"),
@@ -616,7 +648,7 @@ def theirs_in_eight_bits(model):
     (lambda model: None, dict(block=100), "cannot be quantised: block size 100"),
     (lambda model: None, dict(kind="nf8"), "cannot be quantised: no data type 'nf8'"),
     (lambda model: None, dict(kind="dynamic8"), "cannot be quantised: 'dynamic8' is for scales"),
-], ids=["NaN", "trains", "tied", "float64", "bitsandbytes", "eight bits", "twice", "block", "kind", "map"])  # fmt: skip
+], ids=["hook", "NaN", "trains", "tied", "float64", "theirs", "8 bits", "twice", "block", "kind", "map"])  # fmt: skip
 def test_a_refused_model_is_as_it_was(spoil, how, message):
     model = build("llama")
     spoil(model)
@@ -624,6 +656,29 @@ def test_a_refused_model_is_as_it_was(spoil, how, message):
     with pytest.raises(ValueError, match=message):
         pl.quantize(model, **how)
     assert snapshot(model) == before
+
+
+def test_a_layer_is_no_model():
+    with pytest.raises(ValueError, match=r"this Linear is a layer, .*NF4Linear\(layer\) packs it"):
+        pl.quantize(linear())
+
+
+def test_after_an_interruption_it_goes_on(monkeypatch):
+    """In place, layer by layer: what was packed stays packed, nothing is lost, and the same call does the rest."""
+    model, packed = build("llama"), []
+
+    def interrupted(*args):
+        if len(packed) == 3:
+            raise KeyboardInterrupt
+        packed.append(args)
+        return nf4.pack(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nf4_layer, "pack", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pl.quantize(model)
+    assert len(packed_layers(model)) == 3
+    assert torch.equal(logits(pl.quantize(model)), logits(pl.quantize(build("llama"))))
 
 
 def test_layers_that_torch_reads_and_does_not_call_are_refused():

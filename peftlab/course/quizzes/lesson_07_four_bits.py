@@ -77,7 +77,7 @@ QUESTIONS = (
         (
             yes(
                 "Embeddings, norms and the output head stay in 16 bits.",
-                "Only the linear layers inside the blocks are packed. In a small model the rest is a large part.",
+                "Only linear layers inside the transformer blocks are packed. In a small model the rest is large.",
             ),
             no(
                 "The codes are unpacked into 16 bits when it is loaded.",
