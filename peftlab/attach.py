@@ -97,7 +97,7 @@ def _check_hyper(method: type[Adapter], hyper: Mapping) -> None:
                             f"It takes: {', '.join(known) or 'none'}")  # fmt: skip
 
 
-def _defaults(method: type[Adapter]) -> dict:
+def defaults_of(method: type[Adapter]) -> dict:
     parameters = inspect.signature(method.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
@@ -194,7 +194,7 @@ def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapt
         _check_site(model, path)
         site = at(model, path)
         layer = site.original if isinstance(site, Adapted) and site.original is not None else bare(site)
-        if _owns(method) and _is_tied(model, path, layer):
+        if _owns(method) and is_tied(model, path, layer):
             raise ValueError(f"{path!r} shares its weight with another module; a trained copy would untie them. "
                              "Adapt it with an added term (LoRA) instead")  # fmt: skip
         try:
@@ -203,7 +203,7 @@ def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapt
         except ValueError as error:
             raise ValueError(f"{method.__name__} on {path!r}: {error}") from None
         made[path].train(site.training)
-        given = {**_defaults(method), **hyper}
+        given = {**defaults_of(method), **hyper}
         made[path].hyper = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
     for method in {type(adapter) for adapter in made.values()}:
         try:
@@ -217,7 +217,7 @@ def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapt
         host = wrap(model, path, switch)
         host.adapters[name] = adapter
         adapter.__dict__["peers"] = host.adapters
-    switch.active, switch.rows = (*_merged(model), name), None
+    switch.active, switch.rows = (*merged_names(model), name), None
     return model
 
 
@@ -225,7 +225,7 @@ def _owns(method: type[Adapter]) -> bool:
     return method.__name__ == "ModuleCopy"
 
 
-def _is_tied(model: nn.Module, path: str, layer: nn.Module) -> bool:
+def is_tied(model: nn.Module, path: str, layer: nn.Module) -> bool:
     """Whether `layer`, which stands at `path`, shares a parameter with a module elsewhere."""
     own, inside = {id(p) for p in layer.parameters()}, {id(m) for m in layer.modules()}
     outside = (module for module in model.modules() if id(module) not in inside)
@@ -242,7 +242,7 @@ def method_named(name: str) -> type[Adapter]:
     return found
 
 
-def _known(model: nn.Module, names) -> None:
+def check_attached(model: nn.Module, names) -> None:
     there = adapters(model)
     for name in names:
         if name is not None and name not in there:
@@ -258,15 +258,15 @@ def _check_mixes(model: nn.Module, rows) -> None:
                              f"batch; run its rows apart: using(model, {name!r})")  # fmt: skip
 
 
-def _merged(model: nn.Module) -> tuple[str, ...]:
+def merged_names(model: nn.Module) -> tuple[str, ...]:
     return next((host.merged for host in hosts(model).values() if host.merged), ())
 
 
 def activate(model: nn.Module, *names: str) -> None:
     """Make exactly these adapters run from now on, innermost first; none: the bare base. Trains and freezes nothing."""
     switch = switch_of(model)
-    _known(model, names)
-    merged = _merged(model)
+    check_attached(model, names)
+    merged = merged_names(model)
     if names[: len(merged)] != merged:
         raise ValueError(f"{', '.join(merged)} is merged into the weights and cannot be switched off; "
                          "unmerge(model) first")  # fmt: skip
@@ -300,9 +300,9 @@ def using(model: nn.Module, *names: str, rows: Sequence[str | None] | None = Non
         else:
             if names:
                 raise ValueError("give either adapter names for the whole batch or rows=[…], not both")
-            if _merged(model):
+            if merged_names(model):
                 raise ValueError("a mixed batch needs the bare base; unmerge(model) first")
-            _known(model, rows)
+            check_attached(model, rows)
             _check_mixes(model, rows)
             numbers = {n: [i for i, r in enumerate(rows) if r == n] for n in dict.fromkeys(rows)}
             switch.rows = {n: torch.tensor(i) for n, i in numbers.items()}
@@ -313,7 +313,7 @@ def using(model: nn.Module, *names: str, rows: Sequence[str | None] | None = Non
 
 def freeze(model: nn.Module, name: str, frozen: bool = True) -> None:
     """Freeze an adapter's parameters, or make them trainable again (`frozen=False`)."""
-    _known(model, [name])
+    check_attached(model, [name])
     for adapter in adapters(model)[name].values():
         adapter.requires_grad_(not frozen)
 
@@ -326,9 +326,9 @@ def merge(model: nn.Module, *names: str) -> nn.Module:
     """
     switch = switch_of(model)
     names = names or switch.active
-    _known(model, names)
-    if _merged(model):
-        raise ValueError(f"{', '.join(_merged(model))} is merged already; unmerge(model) first")
+    check_attached(model, names)
+    if merged_names(model):
+        raise ValueError(f"{', '.join(merged_names(model))} is merged already; unmerge(model) first")
     if not names:
         raise ValueError("no adapter is active, so there is nothing to merge; name the adapters")
     if switch.active and switch.active[: len(names)] != tuple(names):
@@ -343,7 +343,7 @@ def merge(model: nn.Module, *names: str) -> nn.Module:
     try:
         for path, host in there.items():
             if any(n in host.adapters for n in names):
-                if _is_tied(model, path, host.layer):
+                if is_tied(model, path, host.layer):
                     raise ValueError(f"{path!r} shares its weight with another module; merging would untie them")
             try:
                 host.merge(tuple(names))
@@ -370,9 +370,9 @@ def detach(model: nn.Module, *names: str) -> nn.Module:
     Raises ValueError for adapters that are merged, or that another one needs (AdapterFusion); then none is removed.
     """
     switch = switch_of(model)
-    _known(model, names)
+    check_attached(model, names)
     names = names or tuple(adapters(model))
-    if set(names) & set(_merged(model)):
+    if set(names) & set(merged_names(model)):
         raise ValueError("these adapters are merged into the weights; unmerge(model) first")
     for name, found in adapters(model).items():
         needed = sorted({n for adapter in found.values() for n in adapter.needs} & set(names))

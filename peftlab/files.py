@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import _defaults, adapters, attach_plan, detach, find_targets, hosts, patterned, switch_of
+from .attach import adapters, attach_plan, defaults_of, detach, find_targets, hosts, patterned, switch_of
 from .core import METHODS, Adapter
 from .formats import LAYOUTS, PREFIX, Plan
 from .layers import is_linear, is_quantised, weight_of
@@ -154,7 +154,7 @@ def _root(tensors: Mapping[str, Tensor]) -> str:
 
 def hyper_names(method: type[Adapter]) -> dict[str, str]:
     """Our hyper-parameter -> its name in adapter_config.json; a method that HF PEFT has not keeps its own names."""
-    return method.hf_hyper if method.hf_type else {name: name for name in _defaults(method)}
+    return method.hf_hyper if method.hf_type else {name: name for name in defaults_of(method)}
 
 
 def _settings(method: type[Adapter], main: Mapping[str, Adapter]) -> dict[str, Any]:

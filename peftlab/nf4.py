@@ -150,7 +150,7 @@ def pack(W: Tensor, block: int = 64, kind: str = "nf4", double: bool = True) -> 
     block: weights that share a scale, a power of two from 32 to 4096. kind: see `levels`. double: pack the scales too.
     Takes some MiB beside what it returns (double: as much as the codes), and a copy of W if it is not contiguous.
     A tensor on "meta" gives the shapes alone.
-    Raises ValueError for a block size, kind or dtype there is not, an empty tensor, or weights that are NaN or infinite.
+    Raises ValueError for a block size, kind or dtype there is not, an empty tensor, or weights NaN or infinite.
     """
     check_pack(W, block, kind)
     flat, per_byte = W.detach().reshape(-1), 1 if kind == "int8" else 2

@@ -116,7 +116,7 @@ def _facts(packed: Tensor) -> dict[str, Any]:
         whole = [facts["blocksize"], *facts["shape"]] + ([facts["nested_blocksize"]] if double else [])
         if not all(type(number) is int and number > 0 for number in whole) or not facts["shape"]:
             raise ValueError(f"block size and shape are {whole}")
-        if facts["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in FLOATS]:
+        if facts["dtype"] not in [str(dtype).removeprefix("torch.") for dtype in (*FLOATS, torch.float64)]:
             raise ValueError(f"dtype is {facts['dtype']!r}")
         if not isinstance(facts["quant_type"], str):
             raise ValueError(f"quant_type is {facts['quant_type']!r}")

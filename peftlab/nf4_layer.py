@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attach import Targets, _is_tied, find_targets
+from .attach import Targets, find_targets, is_tied
 from .core import Adapted
 from .layers import is_linear, is_quantised, shape_of, weight_of
 from .nf4 import FLOATS, Packed, check_pack, kernels, not_finite, pack, unpack, unpack_rows
@@ -227,11 +227,11 @@ def quantize(model: nn.Module, skip: Targets = (), also: Targets = (), *, block:
     Raises ValueError, and leaves the model as it was, for a layer that trains, shares its weights, has hooks or holds
     NaN, for a model that is quantised already, and for what `NF4Linear` refuses.
     """
-    paths = _quantizable(model, skip, also)
+    paths = paths_to_quantize(model, skip, also)
     paths = [path for path in paths if not isinstance(bare(at(model, path)), NF4Linear)] or paths
     for path in paths:
         try:
-            _check(model, path, block, kind, compute)
+            check_packable(model, path, block, kind, compute)
         except ValueError as error:
             raise ValueError(f"{path!r} cannot be quantised: {error}") from None
     if all(p.requires_grad for p in model.parameters()):
@@ -252,7 +252,7 @@ def quantize(model: nn.Module, skip: Targets = (), also: Targets = (), *, block:
 READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their fast paths hand the weights to a fused kernel
 
 
-def _quantizable(model: nn.Module, skip: Targets, also: Targets) -> list[str]:
+def paths_to_quantize(model: nn.Module, skip: Targets, also: Targets) -> list[str]:
     if is_linear(model):
         raise ValueError(f"this {type(model).__name__} is a layer, not a model with layers; NF4Linear(layer) packs it")
     kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()),
@@ -271,7 +271,7 @@ def _quantizable(model: nn.Module, skip: Targets, also: Targets) -> list[str]:
     return paths
 
 
-def _check(model: nn.Module, path: str, block: int, kind: str, compute: torch.dtype | None) -> None:
+def check_packable(model: nn.Module, path: str, block: int, kind: str, compute: torch.dtype | None) -> None:
     """ValueError with the reason why the layer at `path` cannot be packed; nothing is changed."""
     layer = bare(at(model, path))
     check_linear(layer)
@@ -284,7 +284,7 @@ def _check(model: nn.Module, path: str, block: int, kind: str, compute: torch.dt
         raise ValueError("it has hooks or a forward of its own, which would be lost; remove them first, or skip it")
     if layer.weight.requires_grad and not all(p.requires_grad for p in model.parameters()):
         raise ValueError("it trains, and four bits cannot be trained; freeze it (requires_grad_(False)), or skip it")
-    if _is_tied(model, path, layer):
+    if is_tied(model, path, layer):
         raise ValueError("it shares its weight with another module, which would keep the dense one; skip it")
     check_pack(W, block, kind)
     check_compute(compute, W.device)

@@ -23,11 +23,11 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .attach import Targets
-from .base import _missing, base_name, quiet
+from .base import base_name, no_such_base, quiet
 from .layers import is_conv1d, is_linear, shape_of
 from .nf4 import Packed, pack
 from .nf4_files import AGAIN, STATE, from_state
-from .nf4_layer import NF4Linear, _check, _quantizable, check_compute
+from .nf4_layer import NF4Linear, check_compute, check_packable, paths_to_quantize
 from .shapes import meta_model
 from .sites import at, put
 
@@ -78,7 +78,7 @@ def load_quantized(
         folder = _folder(name)
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise _missing(name, RuntimeError(str(error).strip().split("\n")[0])) from None
+        raise no_such_base(name, RuntimeError(str(error).strip().split("\n")[0])) from None
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         if not stored.get("load_in_4bit"):
@@ -246,11 +246,11 @@ class Quantiser(HfQuantizer):
         if o.packed:  # the file says which
             self.paths = {path for path, module in model.named_modules() if is_linear(module)}
             return model
-        self.paths = set(_quantizable(model, o.skip, o.also))
+        self.paths = set(paths_to_quantize(model, o.skip, o.also))
         tied = getattr(model, "all_tied_weights_keys", {})
         for path in sorted(self.paths):
             try:
-                _check(model, path, o.block, o.kind, o.compute)
+                check_packable(model, path, o.block, o.kind, o.compute)
                 if f"{path}.weight" in {*tied, *tied.values()}:
                     raise ValueError("it shares its weight with another module, which would keep the dense one")
             except ValueError as error:

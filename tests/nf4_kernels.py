@@ -95,6 +95,7 @@ def test_what_matmul_leaves_to_a_dense_product():
     p = packed((4, 64))
     assert nf4_triton.multiplies(p, torch.ones(16, 64)) and not nf4_triton.multiplies(p, torch.ones(17, 64))
     assert not nf4_triton.multiplies(p, torch.ones(0, 64))
+    assert not nf4_triton.multiplies(p, torch.ones(1, 128))  # not its width: torch refuses that by name
     assert not nf4_triton.multiplies(p, torch.ones(1, 64).double())
     assert not nf4_triton.multiplies(packed((4, 33)), torch.ones(1, 33))  # its second row begins within a byte
 

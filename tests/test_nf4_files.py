@@ -77,6 +77,12 @@ def test_what_was_written_is_read_back(kind, double):
         assert equal(from_state(to_state(p)), p)
 
 
+def test_a_model_moved_to_float64_is_read_back():
+    layer, again = [NF4Linear(nn.Linear(64, 8)).double() for _ in range(2)]
+    again.load_state_dict(layer.state_dict())
+    assert again.dtype == torch.float64 and torch.equal(again.dequantize(), layer.dequantize())
+
+
 def test_codes_stored_as_another_dtype_are_the_same_bytes():
     from bitsandbytes.functional import quantize_4bit
 

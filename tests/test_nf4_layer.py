@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import peftlab as pl
-from peftlab import nf4, nf4_layer
+from peftlab import layers, nf4, nf4_layer
 from peftlab.attach import hosts
-from peftlab.layers import dense, is_conv1d, weight_of
+from peftlab.layers import is_conv1d, weight_of
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of compiled kernels that are not there
 
@@ -192,7 +192,7 @@ def test_the_weights_of_a_layer_of_bitsandbytes_are_its_dequantised_ones():
     source = linear(128, 80)
     theirs, ours = bitsandbytes_layer(source, "nf4", 64, True), pl.NF4Linear(source)
     assert torch.equal(weight_of(theirs), weight_of(ours)) and weight_of(theirs).dtype == torch.float32
-    assert torch.equal(dense(theirs).weight, ours.dequantize())
+    assert torch.equal(layers.dense(theirs).weight, ours.dequantize())
 
 
 def saved(work) -> list[torch.Tensor]:

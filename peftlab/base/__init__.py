@@ -19,7 +19,7 @@ def base_name(name: str | os.PathLike | None = None) -> str:
     return str(name or os.environ.get("PEFTLAB_BASE") or EMBEDDED)
 
 
-def _missing(name: str, error: Exception) -> Exception:
+def no_such_base(name: str, error: Exception) -> Exception:
     """A load error in words that say what is missing and what helps."""
     folder = Path(name)
     if name == str(EMBEDDED):
@@ -71,7 +71,7 @@ def load_base(
                 model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", use_safetensors=True)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise _missing(name, RuntimeError(first)) from None
+        raise no_such_base(name, RuntimeError(first)) from None
     if quantize is not None:
         from ..nf4_loading import load_quantized
 

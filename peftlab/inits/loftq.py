@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attach import Targets, _known, _merged, adapters
+from ..attach import Targets, adapters, check_attached, merged_names
 from ..core import Adapter
 from ..layers import weight_of
 from ..nf4 import Packed, pack, unpack
-from ..nf4_layer import _quantizable, check_linear, quantize
+from ..nf4_layer import check_linear, paths_to_quantize, quantize
 from ..sites import at, bare
 
 
@@ -36,7 +36,7 @@ def loftq(model: nn.Module, name: str = "default", iterations: int = 1, skip: Ta
     """
     if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations={iterations!r}: must be a whole number, at least 1")
-    packed, found = _quantizable(model, skip, also), {}
+    packed, found = paths_to_quantize(model, skip, also), {}
     for path, adapter in _untrained(model, name).items():
         if path in packed:
             layer = bare(at(model, path))
@@ -93,9 +93,9 @@ def _untrained(model: nn.Module, name: str) -> dict[str, Adapter]:
     from ..methods.lora import LoRA
     from ..methods.module_copy import ModuleCopy
 
-    _known(model, [name])
-    if _merged(model):
-        raise ValueError(f"{', '.join(_merged(model))} is merged into the weights; unmerge(model) first")
+    check_attached(model, [name])
+    if merged_names(model):
+        raise ValueError(f"{', '.join(merged_names(model))} is merged into the weights; unmerge(model) first")
     found = {path: a for path, a in adapters(model)[name].items() if not isinstance(a, ModuleCopy)}
     for path, adapter in found.items():
         if type(adapter) is not LoRA:

@@ -11,9 +11,9 @@ from ..core import Adapter
 
 def carriers(model: nn.Module, paths: Sequence[str], names: Sequence[str]) -> list[str]:
     """The target paths that carry the named adapters. ValueError if one is missing, or not where the others are."""
-    from ..attach import _known, adapters
+    from ..attach import adapters, check_attached
 
-    _known(model, names)
+    check_attached(model, names)
     there = adapters(model)
     found = {name: [path for path in paths if path in there[name]] for name in names}
     for name, here in found.items():
