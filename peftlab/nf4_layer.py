@@ -253,6 +253,7 @@ READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # their fast path
 
 
 def paths_to_quantize(model: nn.Module, skip: Targets, also: Targets) -> list[str]:
+    """The bare paths of the layers that `quantize` means; ValueError for names that lead nowhere or change nothing."""
     if is_linear(model):
         raise ValueError(f"this {type(model).__name__} is a layer, not a model with layers; NF4Linear(layer) packs it")
     kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ()),
