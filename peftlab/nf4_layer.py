@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .attach import Targets, find_targets, is_tied
 from .core import Adapted
-from .layers import is_linear, is_quantised, shape_of, weight_of
+from .layers import is_conv1d, is_linear, is_quantised, shape_of, weight_of
 from .nf4 import FLOATS, Packed, check_pack, kernels, not_finite, pack, unpack, unpack_rows
 from .sites import at, bare, group, put
 
@@ -289,5 +289,13 @@ def check_packable(model: nn.Module, path: str, block: int, kind: str, compute: 
         raise ValueError("it shares its weight with another module, which would keep the dense one; skip it")
     check_pack(W, block, kind)
     check_compute(compute, W.device)
-    if not W.is_meta and not torch.stack(torch.aminmax(W)).isfinite().all():
+    if W.is_meta:
+        return
+    if not torch.stack(torch.aminmax(W)).isfinite().all():
         raise ValueError(f"{not_finite(W)}")
+    if type(layer) is not nn.Linear and not is_conv1d(layer):  # a class of its own: ask it
+        x = torch.linspace(-1, 1, W.shape[1]).to(W).unsqueeze(0)
+        with torch.no_grad():
+            y, want = layer(x), nn.functional.linear(x, W, layer.bias)
+        if y.shape != want.shape or not torch.allclose(y, want, rtol=0.01, atol=0.01 * want.abs().max().item()):
+            raise ValueError(f"{type(layer).__name__} computes something else than x·Wᵀ + b; skip it")

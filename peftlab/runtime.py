@@ -16,12 +16,16 @@ def accelerator_on(device: torch.device, precision: str | None) -> Any:
     """An Accelerator on the model's device. Its state is global: another device or precision than before resets it."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedDataParallelKwargs
 
     mixed = precision or "no"
     moved = bool(PartialState._shared_state) and PartialState().device.type != device.type
     if moved or (AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed):
         AcceleratorState._reset_state(reset_partial_state=moved)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, device_placement=False)
+    still = DistributedDataParallelKwargs(broadcast_buffers=False)  # packed weights are buffers, gigabytes of them
+    return Accelerator(
+        cpu=device.type == "cpu", mixed_precision=mixed, device_placement=False, kwargs_handlers=[still]
+    )
 
 
 @contextmanager

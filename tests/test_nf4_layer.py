@@ -844,3 +844,18 @@ def test_quantising_takes_one_packed_layer_more_than_the_dense_model(make, copie
     assert dense == sum(p.nbytes for p in models[0].parameters())
     assert last == packed + sum(p.nbytes for p in models[1].parameters())  # the biases; all dense weights are gone
     assert most <= dense + packed / 6 + copies * dense / 6 + 2.5 * MIB  # float32 parts of half a MiB while it packs
+
+
+def test_a_layer_that_computes_something_else_is_not_taken_for_a_linear_one():
+    class Tripled(nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    class Named(nn.Linear):
+        pass
+
+    model = nn.Sequential(Named(64, 64), Tripled(64, 64))
+    with pytest.raises(ValueError, match="'1' cannot be quantised: Tripled computes something else"):
+        pl.quantize(model)
+    assert type(model[0]) is Named and model[0].weight.requires_grad
+    assert isinstance(pl.quantize(model, skip="1")[0], pl.NF4Linear)
