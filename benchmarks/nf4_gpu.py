@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftlab import NF4Linear, lab, nf4
+from peftlab import NF4Linear, lab, nf4, nf4_fast
 from peftlab.paths import atomic_write
 from peftlab.provenance import provenance
 
@@ -83,11 +83,11 @@ def difference_table(rows: list[dict]) -> str:
 
 @contextlib.contextmanager
 def triton_on(devices: set[str]) -> Iterator[None]:
-    before, nf4.TRITON = nf4.TRITON, devices
+    before, nf4_fast.TRITON = nf4_fast.TRITON, devices
     try:
         yield
     finally:
-        nf4.TRITON = before
+        nf4_fast.TRITON = before
 
 
 def within(devices: set[str], call: Call) -> Call:
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> dict:
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
     weights = [torch.randn(args.size, args.size, device=args.device).to(dtype) for _ in range(args.copies)]
-    kernels = {args.device} if nf4.kernels(nf4.pack(weights[0])) else set()
+    kernels = {args.device} if nf4_fast.kernels(nf4.pack(weights[0])) else set()
     here = machine(args.device)
     print(f"{args.size} × {args.size}, {args.dtype}, {args.copies} copies, {args.rounds} rounds; "
           + ", ".join(f"{key} {value}" for key, value in here.items()) + "\n")  # fmt: skip

@@ -17,14 +17,9 @@ Names: n weights, b blocks, (out, in) the layer's shape.
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
-from collections.abc import Iterator
-from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,10 +31,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 STEPS = 65535  # of bitsandbytes' table for 8-bit codes
 SMALLEST = 1e-38  # an absmax below it counts as this much, so that its reciprocal is finite
 CACHED = 2**17  # weights worked on at a time: float32 copies of them stay in a CPU core's cache
-ALONE = 7 * 4096  # the same with more than one thread, see `_step`
-DENSE = 2**21  # weights of a layer that are dense at a time on a CPU: 8 MiB
-
-TRITON = {"cuda"}  # kinds of devices on which Triton's kernels unpack, where they run; empty: plain tensor code does
+ALONE = 7 * 4096  # the same with more than one thread, see `at_a_time`
 
 
 # --- the levels -----------------------------------------------------------------------------------------------------
@@ -158,7 +150,7 @@ def pack(W: Tensor, block: int = 64, kind: str = "nf4", double: bool = True) -> 
     codes = torch.empty(math.ceil(flat.numel() / per_byte), 1, dtype=torch.uint8, device=W.device)
     absmax = torch.empty(count, dtype=torch.float32, device=W.device)
     if not W.is_meta:
-        step = max(block, _step() if W.device.type == "cpu" else 2**24)
+        step = max(block, at_a_time() if W.device.type == "cpu" else 2**24)
         for start in range(0, flat.numel(), step):
             part = flat[start : start + step].float()
             scaled = _scale(part, block, absmax[start // block :])
@@ -172,7 +164,7 @@ def pack(W: Tensor, block: int = 64, kind: str = "nf4", double: bool = True) -> 
     return _pack_scales(whole) if double else whole
 
 
-def _step() -> int:
+def at_a_time() -> int:
     """How many weights a CPU works on at a time. torch shares operations on 32,768 numbers and more among its threads;
     on a busy machine these wait for each other at each of thousands, and take a hundred times as long."""
     return CACHED if torch.get_num_threads() == 1 else ALONE
@@ -257,99 +249,22 @@ def scales(p: Packed) -> Tensor:
 
 def unpack(p: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """The weights that the codes stand for, level · absmax, in `dtype` (None: their own before they were packed)."""
-    dtype, n = dtype or p.dtype, math.prod(p.shape)
+    dtype, device = dtype or p.dtype, p.codes.device
     if p.codes.is_meta:
-        return torch.empty(p.shape, dtype=dtype, device="meta")
-    if triton := kernels(p):
-        return triton.dequantize(p, dtype)
-    if _whole(p.codes):
-        values = tables(p.kind, p.codes.device).weights[p.codes.view(-1).int()].view(-1)
-        return _rescale(values, scales(p), p.block)[:n].view(p.shape).to(dtype)
-    return _fill(_room(n, dtype), p.codes.view(-1), scales(p), p.kind, p.block).view(p.shape)
+        return torch.empty(p.shape, dtype=dtype, device=device)
+    if not torch.compiler.is_compiling():
+        from . import nf4_fast  # the same bits sooner, where it can
+
+        if (W := nf4_fast.unpack(p, dtype)) is not None:
+            return W
+    values = tables(p.kind, device).weights[p.codes.view(-1).int()].view(-1)  # level[code]
+    return rescale(values, scales(p), p.block)[: math.prod(p.shape)].view(p.shape).to(dtype)
 
 
-def kernels(p: Packed) -> ModuleType | None:
-    """nf4_triton, where it can unpack this; None: plain tensor code does, which torch.compile fuses by itself."""
-    if torch.compiler.is_compiling() or p.codes.device.type not in TRITON or p.kind == "int8":
-        return None
-    return _tried(p.codes.device)
-
-
-@functools.cache
-def _tried(device: torch.device) -> ModuleType | None:
-    """nf4_triton, if Triton is there and gives the right bits on this device."""
-    try:
-        from . import nf4_triton
-    except ImportError:
-        return None
-    try:
-        nf4_triton.try_out(device)
-    except Exception as error:  # no C compiler for what starts the kernels, a GPU that is too old for them, …
-        warnings.warn(f"Triton's kernels do not run on {device} ({error}); plain tensor code unpacks weights there, "
-                      "which is slower and takes more memory", stacklevel=2)  # fmt: skip
-        return None
-    return nf4_triton
-
-
-def _whole(tensor: Tensor) -> bool:
-    """Whether to unpack a layer at once: on a GPU, and where a compiler fuses the steps. A CPU goes by parts that fit
-    its cache: fresh memory for a whole dense layer costs more time there than the unpacking itself."""
-    return tensor.device.type != "cpu" or torch.compiler.is_compiling()
-
-
-def _room(n: int, dtype: torch.dtype) -> Tensor:
-    """(n,) fresh memory on a CPU, from numpy: where n is large it asks Linux for huge pages. To get 64 MiB in pages of
-    4 KiB, each cleared when it is first touched, takes longer than to unpack a matrix into them."""
-    return torch.from_numpy(np.empty(n * dtype.itemsize, np.uint8)).view(dtype)
-
-
-def _fill(out: Tensor, codes: Tensor, absmax: Tensor, kind: str, block: int) -> Tensor:
-    """`out` (n,) with level[code] · absmax of weights that begin with a block, by parts that fit a CPU core's cache.
-
-    The two weights of a byte move as one complex number: that is 8 bytes for torch, whatever they mean.
-    """
-    table = tables(kind, out.device).weights
-    per_byte, one = table.shape[1], torch.float32 if kind == "int8" else torch.complex64
-    for start in range(0, len(out), step := max(_step(), block)):
-        here = out[start : start + step]
-        code = codes[start // per_byte : (start + step) // per_byte].int()
-        values = here
-        if here.dtype != torch.float32 or len(here) % per_byte:
-            values = here.new_empty(len(code) * per_byte, dtype=torch.float32)
-        torch.index_select(table.view(one).view(-1), 0, code, out=values.view(one))
-        _rescale(values, absmax[start // block :], block)
-        if values is not here:
-            here.copy_(values[: len(here)])
-    return out
-
-
-def _rescale(values: Tensor, absmax: Tensor, block: int) -> Tensor:
+def rescale(values: Tensor, absmax: Tensor, block: int) -> Tensor:
     """Multiply consecutive values by the absmax of their block, in place."""
     whole = len(values) // block
     values[: whole * block].view(whole, block).mul_(absmax[:whole].unsqueeze(1))
     if len(values) % block:
         values[whole * block :].mul_(absmax[whole])
     return values
-
-
-def unpack_rows(p: Packed, dtype: torch.dtype, beside: int = 0) -> Iterator[tuple[slice, Tensor]]:
-    """(which rows, those rows of W) of an (out, in) matrix, one small dense part after the other; a GPU takes it whole.
-
-    All parts take the same memory, so use one before you ask for the next: fresh memory for a whole dense layer costs
-    a CPU more time than to unpack. beside: numbers that the parts are multiplied with; a part may be as many, because
-    a large product loses more by being cut than is gained.
-    """
-    out_features, in_features = p.shape
-    least = p.block // math.gcd(p.block, in_features)  # rows that are whole blocks together
-    rows = math.ceil(max(1, DENSE // in_features, beside // in_features) / least) * least
-    if rows >= out_features or _whole(p.codes):
-        yield slice(0, out_features), unpack(p, dtype)
-        return
-    codes, absmax, per_byte = p.codes.view(-1), scales(p), 1 if p.kind == "int8" else 2
-    room = _room(rows * in_features, dtype)
-    for start in range(0, out_features, rows):
-        stop = min(start + rows, out_features)
-        first, last = start * in_features, stop * in_features
-        W = _fill(room[: last - first], codes[first // per_byte : -(-last // per_byte)], absmax[first // p.block :],
-                  p.kind, p.block)  # fmt: skip
-        yield slice(start, stop), W.view(-1, in_features)

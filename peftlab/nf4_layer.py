@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .attach import Targets, find_targets, is_tied
 from .core import Adapted
 from .layers import is_conv1d, is_linear, is_quantised, shape_of, weight_of
-from .nf4 import FLOATS, Packed, check_pack, kernels, not_finite, pack, unpack, unpack_rows
+from .nf4 import FLOATS, Packed, check_pack, not_finite, pack, unpack
+from .nf4_fast import kernels, unpack_rows
 from .sites import at, bare, group, put
 
 

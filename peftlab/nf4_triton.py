@@ -5,7 +5,7 @@ bfloat16, plain tensor code writes and reads float32 copies on its way; `dequant
 two of the finished weight. `matmul` reads the half byte alone: W is only ever in registers, a few numbers at a time.
 That wins while x has few rows, as in generation; with many, a dense W and the GPU's matrix units are faster.
 
-Imported by `nf4.kernels`, where there is a GPU, since it needs Triton. The kernels also run on a CPU in Triton's
+Imported by `nf4_fast.kernels`, where there is a GPU, since it needs Triton. The kernels also run on a CPU in Triton's
 interpreter (TRITON_INTERPRET=1), slowly: that is how they are tested without a GPU.
 Source: Tillet, Kung, Cox 2019, Triton: an intermediate language and compiler for tiled neural network computations.
 Names: n weights, (out, in) the layer's shape.

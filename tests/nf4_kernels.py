@@ -10,7 +10,7 @@ import triton.language as tl
 from torch.nn import Linear
 from triton.runtime import interpreter
 
-from peftlab import NF4Linear, nf4, nf4_triton
+from peftlab import NF4Linear, nf4, nf4_fast, nf4_triton
 
 # A rectangle of whole tiles; rows that end within a block, or within a byte; one weight; less than one block.
 SHAPES = [(64, 128), (7, 98), (5, 33), (1, 1), (3, 5), (2, 4100)]
@@ -123,7 +123,7 @@ def test_the_layer_uses_them(monkeypatch, rows, kind):
     for name in ("dequantize", "matmul"):
         kernel = getattr(nf4_triton, name)
         monkeypatch.setattr(nf4_triton, name, lambda *a, name=name, kernel=kernel: used.append(name) or kernel(*a))
-    monkeypatch.setattr(nf4, "TRITON", {"cpu"})
-    monkeypatch.setattr(nf4, "_tried", lambda device: nf4_triton)
+    monkeypatch.setattr(nf4_fast, "TRITON", {"cpu"})
+    monkeypatch.setattr(nf4_fast, "_tried", lambda device: nf4_triton)
     torch.testing.assert_close(run(), plain)
     assert used == ([] if kind == "int8" else ["matmul" if rows == 1 else "dequantize", "dequantize"])

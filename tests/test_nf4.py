@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from peftlab import nf4
+from peftlab import nf4, nf4_fast
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 plain = pytest.importorskip("bitsandbytes.backends.default.ops")
@@ -360,10 +360,10 @@ def test_weights_unpack_to_the_dtype_asked_for(dtype):
 @pytest.mark.parametrize("shape", [(1, 1), (7, 33), (130, 33), (64, 100), (257, 96), (33, 4097), (5, 640)])
 def test_rows_put_together_are_the_whole_matrix(shape, kind, double, monkeypatch):
     for dense in (1, 500, 3000, 2**21):
-        monkeypatch.setattr(nf4, "DENSE", dense)
+        monkeypatch.setattr(nf4_fast, "DENSE", dense)
         for block in (32, 64, 512):
             packed = nf4.pack(torch.randn(shape), block, kind, double)
-            parts = [(which, part.clone()) for which, part in nf4.unpack_rows(packed, torch.float32)]
+            parts = [(which, part.clone()) for which, part in nf4_fast.unpack_rows(packed, torch.float32)]
             rows = torch.arange(shape[0])
             assert torch.equal(torch.cat([rows[which] for which, _ in parts]), rows)
             assert all(len(rows[which]) == len(part) for which, part in parts)
@@ -371,8 +371,8 @@ def test_rows_put_together_are_the_whole_matrix(shape, kind, double, monkeypatch
 
 
 def test_rows_are_small_parts_where_the_matrix_is_large(monkeypatch):
-    monkeypatch.setattr(nf4, "DENSE", 4096)
-    parts = list(nf4.unpack_rows(nf4.pack(torch.randn(300, 128)), torch.bfloat16))
+    monkeypatch.setattr(nf4_fast, "DENSE", 4096)
+    parts = list(nf4_fast.unpack_rows(nf4.pack(torch.randn(300, 128)), torch.bfloat16))
     assert len(parts) == 10 and all(part.numel() <= 4096 and part.dtype == torch.bfloat16 for _, part in parts)
 
 
@@ -444,7 +444,7 @@ def test_the_default_dtype_does_not_matter(default):
     code = f"""
 import torch
 torch.set_default_dtype(torch.{default})
-from peftlab import nf4
+from peftlab import nf4, nf4_fast
 from peftlab.nf4_files import from_state, to_state
 p = nf4.pack(torch.arange(5000, dtype=torch.float32).sin())
 p = from_state(to_state(p))
@@ -454,3 +454,15 @@ print([(t.dtype, t.double().sum().item()) for t in (*p[:5], *nf4.LEVELS.values()
     want = [(t.dtype, t.double().sum().item()) for t in (*p[:5], *nf4.LEVELS.values(), nf4.unpack(p))]
     got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert got.strip() == str(want)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int4", "int8"])
+@pytest.mark.parametrize("shape", [(3, 5), (64, 96), (257, 130), (300, 513)])
+def test_the_plain_formula_gives_the_bits_of_the_fast_way(monkeypatch, shape, kind):
+    """`unpack` as it reads, which a GPU without Triton and torch.compile run, beside what a CPU runs."""
+    for dtype, double in ((torch.float32, True), (torch.bfloat16, False)):
+        packed = nf4.pack(torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype), 64, kind, double)
+        with monkeypatch.context() as patch:
+            patch.setattr(nf4_fast, "unpack", lambda p, dtype: None)
+            plain = nf4.unpack(packed)
+        assert torch.equal(plain, nf4.unpack(packed)) and plain.dtype == dtype

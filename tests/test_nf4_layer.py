@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import peftlab as pl
-from peftlab import layers, nf4, nf4_layer
+from peftlab import layers, nf4, nf4_fast, nf4_layer
 from peftlab.attach import hosts
 from peftlab.layers import is_conv1d, weight_of
 
@@ -139,8 +139,8 @@ def test_a_conv1d_is_packed_as_the_matrix_it_is_with_rows_of_outputs(dtype):
 def test_by_parts_it_computes_the_same(shape, dense, monkeypatch):
     layer, x = pl.NF4Linear(linear(*shape)), torch.randn(3, 4, shape[0])
     whole = passes(layer, x)
-    monkeypatch.setattr(nf4, "DENSE", dense)
-    assert len(list(nf4.unpack_rows(layer.packed, x.dtype))) > 1
+    monkeypatch.setattr(nf4_fast, "DENSE", dense)
+    assert len(list(nf4_fast.unpack_rows(layer.packed, x.dtype))) > 1
     for got, want in zip(passes(layer, x), whole, strict=True):
         torch.testing.assert_close(got, want, **CLOSE["fp32"])  # sums in another order
 
@@ -248,7 +248,7 @@ def test_lora_on_it_keeps_what_lora_needs_and_no_dense_matrix():
 
 
 def test_forward_and_backward_never_hold_a_whole_dense_matrix(monkeypatch):
-    monkeypatch.setattr(nf4, "DENSE", 2**14)
+    monkeypatch.setattr(nf4_fast, "DENSE", 2**14)
     layer, x = pl.NF4Linear(linear(512, 1024, bias=False)), torch.randn(4, 512, requires_grad=True)
     dense = 4 * layer.n_weights
     passes(layer, x)  # look-up tables are made once

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import peftlab
-from peftlab import nf4
+from peftlab import nf4, nf4_fast
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -70,17 +70,17 @@ def test_compiled_for_a_gpu(arch, tmp_path, monkeypatch):
 def test_a_cpu_never_asks_for_triton(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     p = nf4.pack(torch.randn(4, 64))
-    assert nf4.kernels(p) is None
+    assert nf4_fast.kernels(p) is None
     nf4.unpack(p)
 
 
 @pytest.fixture
 def on_this_device(monkeypatch):
     """As if the CPU were a GPU that kernels may run on."""
-    monkeypatch.setattr(nf4, "TRITON", {"cpu"})
-    nf4._tried.cache_clear()
+    monkeypatch.setattr(nf4_fast, "TRITON", {"cpu"})
+    nf4_fast._tried.cache_clear()
     yield nf4.pack(torch.randn(4, 64))
-    nf4._tried.cache_clear()
+    nf4_fast._tried.cache_clear()
 
 
 @pytest.mark.filterwarnings("error")
@@ -88,7 +88,7 @@ def test_without_triton_plain_code_unpacks(on_this_device, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "peftlab.nf4_triton", raising=False)
     monkeypatch.delattr(peftlab, "nf4_triton", raising=False)
-    assert nf4.kernels(on_this_device) is None
+    assert nf4_fast.kernels(on_this_device) is None
     assert nf4.unpack(on_this_device).shape == (4, 64)
 
 

@@ -132,7 +132,11 @@ def _models() -> list[tuple]:
     return [(6_476_005_376, 262_410_240, 159_907_840), (2_752_512, 690_624, 175_104), (1000, 0, 10), (0, 100, 50)]
 
 
-@exercise(LESSON, "three sums: packed · 4.127 / 8, dense · 2, and for each trained number 4 + 4 + 8", _models)
+@exercise(
+    LESSON,
+    "three sums: packed · bits / 8 with bits = 4 + 8/64 + the second scale's share, dense · 2, trained · (4 + 4 + 8)",
+    _models,
+)
 def qlora_bytes(packed, dense, trained):
     """Return the bytes of weights, gradients and optimizer states while QLoRA trains.
 
@@ -147,6 +151,11 @@ def qlora_bytes(packed, dense, trained):
 @qlora_bytes.mistake("4 bits is the code alone: each block of 64 has a scale beside it")
 def _no_scales(packed, dense, trained):
     return packed * 4 / 8 + 2 * dense + 16 * trained
+
+
+@qlora_bytes.mistake("4.127 bits is rounded, and over billions of weights it shows: write 4 + 8 / 64 + 32 / (64 * 256)")
+def _rounded_bits(packed, dense, trained):
+    return packed * 4.127 / 8 + 2 * dense + (4 + 4 + 8) * trained
 
 
 @qlora_bytes.mistake("4.5 bits is NF4 with float32 scales; here the scales are quantised too")

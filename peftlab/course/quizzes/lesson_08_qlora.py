@@ -60,7 +60,7 @@ QUESTIONS = (
         (
             no(
                 "The trained model, in 4 bits: NF4 holds any weights as well as the first ones.",
-                "It rounds them as coarsely as the first ones: with errors of the size of ΔW or larger.",
+                "It rounds them as coarsely as the first ones: with errors of about the size of ΔW.",
             ),
             yes(
                 "A new model: every weight of the sum is rounded to one of 16 levels, by as much as ΔW itself may be.",
@@ -94,7 +94,7 @@ QUESTIONS = (
         "“QLoRA matches 16-bit fine-tuning.” What does that rest on in the paper?",
         (
             yes(
-                "On benchmarks in which the two came out within the error of the measurement.",
+                "On benchmarks in which the two came out alike.",
                 "It is said of these models and tasks, with adapters on all linear layers. A small gap may be hidden.",
             ),
             no(
