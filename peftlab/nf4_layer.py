@@ -293,7 +293,7 @@ def check_packable(model: nn.Module, path: str, block: int, kind: str, compute: 
     if W.is_meta:
         return
     if not torch.stack(torch.aminmax(W)).isfinite().all():
-        raise ValueError(f"{not_finite(W)}")
+        raise ValueError(not_finite(W))
     if type(layer) is not nn.Linear and not is_conv1d(layer):  # a class of its own: ask it
         x = torch.linspace(-1, 1, W.shape[1]).to(W).unsqueeze(0)
         with torch.no_grad():

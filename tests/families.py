@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+import peftlab as pl
+
 VOCABULARY, WIDTH = 96, 32
 
 # family -> an adaptable pattern of two kinds of layers, and the head (None: no head of its own)
@@ -134,3 +136,21 @@ def build_other(family: str, seed: int = 0):
     labelled = family in ("distilbert", "electra", "modernbert", "roberta")
     auto = t.AutoModelForSequenceClassification if labelled else t.AutoModelForCausalLM
     return auto.from_config(configs[family]()).eval()
+
+
+def tiny_experiment(monkeypatch, classic, **sizes):
+    """benchmarks/classic.py, loaded as `classic`, made small: a tiny Llama of these sizes with the course's words, few
+    rows of each task, batches of two. Returns the model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    _, tokenizer = pl.load_base(classic.DATA / "base", device="cpu")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1, **sizes,
+    ))  # fmt: skip
+    few = {task: {split: found[:4] for split, found in classic.rows(task).items()} for task in classic.STEPS}
+    monkeypatch.setattr(classic, "base", lambda: (model, tokenizer))
+    monkeypatch.setattr(classic, "rows", few.__getitem__)
+    monkeypatch.setattr(classic, "BATCH", 2)
+    return model

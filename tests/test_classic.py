@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from families import tiny_experiment
 
 import peftlab as pl
 from peftlab import lab
@@ -21,19 +21,7 @@ spec.loader.exec_module(classic)
 @pytest.fixture
 def tiny(monkeypatch):
     """A tiny Llama with the course's words, and few rows of each task."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    _, tokenizer = pl.load_base(classic.DATA / "base", device="cpu")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=6, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    ))  # fmt: skip
-    few = {task: {split: found[:4] for split, found in classic.rows(task).items()} for task in classic.STEPS}
-    monkeypatch.setattr(classic, "base", lambda: (model, tokenizer))
-    monkeypatch.setattr(classic, "rows", few.__getitem__)
-    monkeypatch.setattr(classic, "BATCH", 2)
-    return model
+    return tiny_experiment(monkeypatch, classic, hidden_size=48, num_hidden_layers=6, intermediate_size=24)
 
 
 def test_plan():

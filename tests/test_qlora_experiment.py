@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import tiny_experiment
 
 import peftlab as pl
 from peftlab import lab
@@ -35,19 +36,8 @@ def files():
 @pytest.fixture
 def tiny(files, monkeypatch):
     """(qlora, a tiny Llama with the course's words), and few rows of each task."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     classic, qlora = files
-    _, tokenizer = pl.load_base(classic.DATA / "base", device="cpu")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1,
-    ))  # fmt: skip
-    few = {task: {split: found[:4] for split, found in classic.rows(task).items()} for task in classic.STEPS}
-    monkeypatch.setattr(classic, "base", lambda: (model, tokenizer))
-    monkeypatch.setattr(classic, "rows", few.__getitem__)
-    monkeypatch.setattr(classic, "BATCH", 2)
+    model = tiny_experiment(monkeypatch, classic, hidden_size=32, num_hidden_layers=2, intermediate_size=64)
     for cached in (qlora.batches, qlora.untrained):
         cached.cache_clear()
     yield qlora, model
