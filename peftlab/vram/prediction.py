@@ -1,0 +1,311 @@
+"""`predict`: the memory of fine-tuning or running a model, without a GPU, without weights, in seconds.
+
+The real code runs: transformers' model, the method's adapters, autograd, torch's optimizer, for two steps, since Adam's
+states appear in the first. But on the meta device, where a tensor is its shape. A tape notes each storage as it comes
+and goes, with what CUDA's kernels do otherwise (kernels.py), and a copy of the allocator plays it again (allocator.py).
+
+Not in it: the CUDA context (see cards.py), workspaces of kernels other than those named in kernels.py, torch.compile,
+several GPUs, and what other programs take.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attach import Targets, adapters, attach
+from ..baselines import full_finetuning
+from ..core import Adapter
+from ..nf4_layer import quantize as quantize_model
+from .allocator import CachingAllocator
+from .ghost import build, ghost
+from .kernels import ATTENTION, kernels, like, replaced
+from .memory import Memory, from_tape, size
+from .step import OPTIMIZERS, Generation, TrainingStep, batch_of
+from .tape import Recorder, Unknown
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # fmt: skip
+QUANTIZE = ("nf4", "fp4", "int4", "int8")
+Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+# (model, batch, optimizer, mark): one step of a training loop of your own; mark("forward") and so on begin its phases
+Step = Callable[[nn.Module, dict[str, Tensor], torch.optim.Optimizer, Callable[[str], None]], None]
+Method = type[Adapter] | str | Callable[[nn.Module], Any] | None
+
+
+def predict(
+    model: Any,
+    method: Method = None,
+    targets: Targets | None = None,
+    *,
+    batch: int = 1,
+    tokens: int = 512,
+    new_tokens: int = 0,
+    train: bool | None = None,
+    dtype: str = "bfloat16",
+    adapter_dtype: str = "float32",
+    quantize: str | None = None,
+    checkpointing: bool = False,
+    attention: str = "auto",
+    optimizer: Optimizer = "adamw",
+    autocast: str | None = None,
+    padding: bool = False,
+    micro_batches: int = 1,
+    device: str = "cuda",
+    expandable: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+    loss: Callable[[Any], Tensor] | None = None,
+    step: Step | None = None,
+    **hyper: Any,
+) -> Memory:
+    """The memory of one training step, or of generating text, as a `Memory`.
+
+        predict("llama-3.1-8b", "lora", r=16, quantize="nf4", batch=1, tokens=2048, checkpointing=True)
+        predict("llama-3.1-8b", new_tokens=256)           running it: a prompt of `tokens`, then so many more
+        predict(model)                                    a model that is there, with its adapters and what trains
+
+    model: what `count` takes: a built-in shape, Hub id, config.json, config; or any nn.Module, which is copied without
+    its numbers and never changed: one of peft, with bitsandbytes' layers, or your own (then give `inputs`, a batch by
+    the names of its arguments, of which only shapes count, and `loss`, from its output to the loss).
+    method, targets, hyper: as for `attach`; "full" for full fine-tuning; None: the model as it is; or a function that
+    gets the model and changes it (`lambda model: peft.get_peft_model(model, config)`).
+    batch, tokens: rows (B) and their length (T). padding: rows of unequal length, so that attention needs a mask.
+    train: False for a forward pass without gradients; by default whether anything trains.
+    dtype: of the base's weights; adapter_dtype: of what a method adds; quantize: "nf4", "fp4", "int4", "int8" for its
+    linear layers. autocast: "bf16" or "fp16", as torch.autocast around the forward pass.
+    attention: "auto" is what torch chooses on an Ampere card or newer; or "flash", "efficient", "cudnn", "math", "eager".
+    optimizer: a name of `step.OPTIMIZERS`, or a function from parameters to a torch optimizer.
+    micro_batches: how many batches of `batch` rows add up their gradients before a step (gradient accumulation).
+    device: "cuda", or "cpu" for torch's CPU kernels, where nothing is rounded and nothing reserved. expandable: with
+    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
+    Raises ValueError for an unknown name, an impossible size, what `attach` refuses, and a model that asks a tensor for
+    its numbers; TypeError for a hyper-parameter that the method does not have.
+    """
+    start, before = time.perf_counter(), _resident()
+    call = {name: value for name, value in locals().items() if name not in ("start", "before", "hyper")} | hyper
+    asked = {name: value for name, value in locals().items() if name not in ("start", "before", "call", "inputs", "loss", "step")}
+    _check(asked, OPTIMIZERS)
+    with _in_words():
+        there = isinstance(model, nn.Module)
+        made = _made(model, attention, DTYPES[dtype])
+        made = _changed(made, method, targets, hyper, quantize, DTYPES[adapter_dtype], there)
+        trained = [p for p in made.parameters() if p.requires_grad]
+        training = bool(trained) if train is None else train
+        if training and not trained:
+            raise ValueError("nothing to train: name a method (\"lora\", \"full\", …), or train=False for a forward pass")
+        asked |= {"model": _name(model), "method": _name(method), "optimizer": _name(optimizer), "train": training}
+        made.train(training)
+        if checkpointing and training:
+            _checkpoint(made)
+        given = batch_of(made, batch, tokens, padding) if inputs is None else {k: v.to("meta") for k, v in inputs.items()}
+        _fits_context(made, batch, tokens + new_tokens)
+        recorder = Recorder(made, like=device, answer=not padding, kernels=kernels(device))
+        tape = recorder.tape
+        base, added = _parameters(made)
+        recorder.tag(base, "weights")
+        recorder.tag(added, "adapter")
+        recorder.tag(given.values(), "activations")
+        watched = [(torch.cuda, "empty_cache", lambda: tape.emptied.append(len(tape.events)))]
+        if device == "cpu":  # checkpointing keeps a state of the random numbers for each block; no operation makes it
+            watched.append((torch, "get_rng_state", partial(_seen, recorder, torch.get_rng_state)))
+        with replaced(*watched), like(device, attention, DTYPES[autocast] if autocast else None) as cast, recorder.watching(), recorder:
+            if training:
+                optim = OPTIMIZERS[optimizer](trained) if isinstance(optimizer, str) else optimizer(trained)
+                ours = TrainingStep(made, given, optim, autocast=cast, micro_batches=min(2, micro_batches), loss=loss)
+                for _ in range(2):
+                    mark = partial(_mark, recorder, trained, optim)
+                    ours(mark) if step is None else step(made, given, optim, mark)
+                _name_states(recorder, optim)
+            else:
+                run = Generation(made, given, new_tokens, cast)
+                run(lambda phase: (recorder.tag(_cached(run.cache), "cache"), tape.enter(phase)))
+                recorder.tag(_cached(run.cache), "cache")
+        recorder.live.clear()
+    tape.name_the_rest(_vocabulary(made))
+    reserved = CachingAllocator(expandable=expandable).replay(tape).peak_reserved if device == "cuda" else 0
+    notes = tuple(_notes(made, tokens + new_tokens, optim if training else None))
+    return from_tape("predicted", tape, reserved, asked, notes=notes, seconds=time.perf_counter() - start,
+                     host=max(0, _resident() - before), again=partial(_again, call))  # fmt: skip
+
+
+def _again(call: Mapping[str, Any], **changes: Any) -> Memory:
+    return predict(**{**call, **changes})
+
+
+# ------------------------------------------------------------------------------------------------------------ the model
+
+
+def _made(model: Any, attention: str, dtype: torch.dtype) -> nn.Module:
+    if isinstance(model, nn.Module):
+        made = ghost(model)
+        if attention == "eager" and hasattr(made, "set_attn_implementation"):
+            made.set_attn_implementation("eager")
+        return made
+    return build(model, dtype, **({"_attn_implementation": "eager"} if attention == "eager" else {}))
+
+
+def _changed(model: nn.Module, method: Method, targets: Any, hyper: dict, quantize: str | None, dtype: torch.dtype,
+             there: bool) -> nn.Module:  # fmt: skip
+    """Quantised and adapted, in place unless the caller's own method gives another model."""
+    if method == "full":
+        if targets is not None or hyper:
+            raise ValueError(f"full fine-tuning trains all there is; it takes no {', '.join(hyper) or 'targets'}")
+        if quantize:
+            raise ValueError(f"quantize={quantize!r} freezes the weights, and full fine-tuning trains them; take a method")
+        return full_finetuning(model)
+    if method is None and (targets is not None or hyper):
+        raise ValueError(f"{', '.join(hyper) or 'targets'} given, but no method; say which, such as method='lora'")
+    if method is None and not there:
+        model.requires_grad_(False)
+    if quantize:
+        quantize_model(model, kind=quantize)
+    if method is None:
+        return model
+    before = {id(p) for p in model.parameters()}
+    if isinstance(method, str) or (isinstance(method, type) and issubclass(method, Adapter)):
+        attach(model, method, targets=targets, **hyper)
+    else:
+        model = _by_function(method, model)
+    if dtype != torch.float32:
+        for p in model.parameters():
+            if id(p) not in before and p.is_floating_point():
+                p.data = p.data.to(dtype)
+    return model
+
+
+def _by_function(method: Callable[[nn.Module], Any], model: nn.Module) -> nn.Module:
+    """What the caller's function makes of the model. Some start from random numbers that they need to see: those are
+    made on the CPU then, and only their shapes are kept."""
+    try:
+        with torch.device("meta"):
+            made = method(model)
+    except NotImplementedError:
+        made = method(model)
+    made = made if isinstance(made, nn.Module) else model
+    return ghost(made) if any(not t.is_meta for t in (*made.parameters(), *made.buffers())) else made
+
+
+def _parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """(those of the base with all buffers and scales, those of adapters): ours by their host, others' by being few."""
+    own = {id(p) for found in adapters(model).values() for a in found.values() for p in a.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in own]
+    frozen = any(not p.requires_grad for p in rest)
+    added = [p for p in model.parameters() if id(p) in own or (frozen and p.requires_grad)]
+    base = [p for p in rest if not (frozen and p.requires_grad)]
+    states = [s for p in base if (s := getattr(p, "quant_state", None)) is not None]
+    nested = [s.state2 for s in states if getattr(s, "state2", None) is not None]
+    scales = [t for s in (*states, *nested) for t in vars(s).values() if isinstance(t, Tensor)]
+    return [*base, *model.buffers(), *scales], added
+
+
+def _checkpoint(model: nn.Module) -> None:
+    """Gradient checkpointing, by the name that this version of transformers has for it."""
+    switch = getattr(model, "activation_checkpointing_enable", None) or getattr(model, "gradient_checkpointing_enable", None)
+    if switch is None:
+        raise ValueError(f"{type(model).__name__} has no gradient_checkpointing_enable(); switch it on in the model yourself")
+    switch()
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return None if head is None else getattr(head, "out_features", None) or head.weight.shape[0]
+
+
+def _cached(cache: Any) -> list[Tensor]:
+    return [t for layer in getattr(cache, "layers", []) for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
+
+
+# ---------------------------------------------------------------------------------------------------- while it is running
+
+
+def _mark(recorder: Recorder, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, phase: str) -> None:
+    """A phase begins: name the gradients that are there, then put the mark on the tape."""
+    recorder.tag((p.grad for p in trained if p.grad is not None), "gradients")
+    _name_states(recorder, optimizer)
+    recorder.tape.enter(phase)
+
+
+def _seen(recorder: Recorder, function: Callable[[], Tensor]) -> Tensor:
+    recorder.see(state := function(), "get_rng_state")
+    return state
+
+
+def _name_states(recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
+    recorder.tag((t for state in optimizer.state.values() for t in state.values()), "optimizer")
+
+
+# --------------------------------------------------------------------------------------------------------------- refusals
+
+
+def _check(asked: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
+    for name in ("batch", "tokens", "micro_batches"):
+        value = asked[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be a whole number, at least 1")
+    if isinstance(asked["new_tokens"], bool) or not isinstance(asked["new_tokens"], int) or asked["new_tokens"] < 0:
+        raise ValueError(f"new_tokens={asked['new_tokens']!r}: must be a whole number, at least 0")
+    choices = {"dtype": DTYPES, "adapter_dtype": DTYPES, "attention": ATTENTION, "device": ("cuda", "cpu"),
+               "quantize": (None, *QUANTIZE), "autocast": (None, "bf16", "fp16")}  # fmt: skip
+    for name, known in choices.items():
+        if asked[name] not in list(known):
+            raise ValueError(f"{name}={asked[name]!r} is not one of {', '.join(map(repr, known))}")
+    if not callable(asked["optimizer"]) and asked["optimizer"] not in optimizers:
+        raise ValueError(f"optimizer={asked['optimizer']!r} is none of {', '.join(optimizers)}, nor a function from "
+                         "parameters to an optimizer")  # fmt: skip
+
+
+def _fits_context(model: nn.Module, batch: int, tokens: int) -> None:
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    learned = not any("rotary" in name.lower() for name, _ in model.named_modules())
+    if limit and learned and tokens > limit:
+        raise ValueError(f"{tokens} tokens are longer than the context of {type(model).__name__}, {limit} learned positions")
+
+
+def _notes(model: nn.Module, tokens: int, optimizer: Any) -> list[str]:
+    found, limit = [], getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit and tokens > limit:
+        found.append(f"{tokens} tokens are longer than the context of {limit} that the model was made for")
+    if getattr(optimizer, "paged_bytes", 0):
+        found.append(f"{size(optimizer.paged_bytes)} of optimizer states are paged: in CPU memory, moved to the card in use")
+    return found
+
+
+@contextmanager
+def _in_words() -> Any:
+    """What a model on the meta device can stumble over, as a ValueError that says what to do."""
+    try:
+        yield
+    except Unknown as error:
+        raise ValueError(f"{error}; measure it instead (pl.vram.measure), or predict with another method") from None
+    except NotImplementedError as error:
+        said = str(error).split("\n")[0]
+        raise ValueError(f"an operation of this model cannot run without numbers ({said}); measure it instead "
+                         "(pl.vram.measure)") from error  # fmt: skip
+    except (RuntimeError, OverflowError) as error:
+        if any(word in str(error) for word in ("overflow", "too large", "exceeds")):
+            raise ValueError(f"tensors of this size cannot exist ({str(error).splitlines()[0]}); take a smaller batch or "
+                             "fewer tokens") from None  # fmt: skip
+        raise
+
+
+def _name(thing: Any) -> Any:
+    """How a model, method or optimizer is called in a line."""
+    if thing is None or isinstance(thing, str):
+        return thing
+    if isinstance(thing, nn.Module):
+        return type(thing).__name__
+    return getattr(thing, "__name__", None) or getattr(thing, "name_or_path", None) or type(thing).__name__
+
+
+def _resident() -> int:
+    """Most memory this process has had so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
