@@ -11,7 +11,7 @@ NBVAL ?= --nbval
 ARGS ?=
 NB ?=
 # lora_rank.py, classic.py and qlora.py are experiments of half an hour and more with recorded results: run by hand;
-# quantize_memory.py takes minutes, nf4_gpu.py a GPU
+# quantize_memory.py and vram_published.py take minutes, nf4_gpu.py and vram_gpu.py a GPU
 BENCHMARKS := benchmarks/step.py benchmarks/count.py benchmarks/nf4.py
 
 .DEFAULT_GOAL := help

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from . import __version__
 
-VERBS = ("count",)
+VERBS = ("count", "vram")
 
 
 def parser() -> argparse.ArgumentParser:

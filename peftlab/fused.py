@@ -11,27 +11,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import is_conv1d, weight_of
+from .layers import is_conv1d, is_packed, weight_of
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = W·x + b + s·B·A·x with frozen W, b. Shapes: x (..., in), W (out, in), A (r, in), B (out, r), y (..., out)."""
+    """y = W·x + b + s·B·A·x with frozen W, b. Shapes: x (..., in), W (out, in), A (r, in), B (out, r), y (..., out).
+
+    W is given as two functions of whatever it is stored as: product(x, *stored) = W·x + b, gradient(g, *stored) = Wᵀ·g.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float) -> Tensor:
-        y = F.linear(x, W, b)
+    def forward(ctx, x: Tensor, A: Tensor, B: Tensor, s: float, product, gradient, *stored) -> Tensor:
+        y = product(x, *stored)
         z = F.linear(x.to(A.dtype), A)
         if y.dtype == B.dtype:
             y.view(-1, y.shape[-1]).addmm_(z.view(-1, z.shape[-1]), B.T, alpha=s)
         else:
             y += (s * F.linear(z, B)).to(y.dtype)
-        ctx.save_for_backward(x, z, W, A, B)
-        ctx.s = s
+        tensors = [t if isinstance(t, Tensor) else None for t in stored]
+        ctx.save_for_backward(x, z, A, B, *tensors)
+        ctx.s, ctx.gradient = s, gradient
+        ctx.facts = [None if isinstance(t, Tensor) else t for t in stored]
         return y
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        x, z, W, A, B = ctx.saved_tensors
+        x, z, A, B, *tensors = ctx.saved_tensors
+        stored = [fact if tensor is None else tensor for tensor, fact in zip(tensors, ctx.facts, strict=True)]
         g = g.reshape(-1, g.shape[-1])
         own = g.to(B.dtype)
         gz = (own @ B).mul_(ctx.s)
@@ -39,17 +45,25 @@ class LowRankLinear(torch.autograd.Function):
         grad_A = gz.T @ x.reshape(-1, x.shape[-1]).to(A.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = g @ W
+            grad_x = ctx.gradient(g, *stored)
             grad_x = grad_x.addmm_(gz, A) if A.dtype == grad_x.dtype else grad_x.add_((gz @ A).to(grad_x.dtype))
             grad_x = grad_x.view(x.shape)
-        return grad_x, None, None, grad_A, grad_B, None
+        return grad_x, grad_A, grad_B, *[None] * (3 + len(stored))
+
+
+def _dense_gradient(g: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    return g @ W
 
 
 def fusible(f, x: Tensor) -> bool:
-    """Whether f is a plain frozen linear layer, called where nothing else wants a say (autocast, hooks)."""
+    """Whether f is a plain frozen linear layer, dense or packed, called where nothing else wants a say (autocast, hooks).
+
+    A packed one is left to itself under torch.compile, and where it multiplies in another dtype than that of x.
+    """
+    dense = (type(f) is nn.Linear or is_conv1d(f)) and not f.weight.requires_grad
+    packed = is_packed(f) and f.compute in (None, x.dtype) and not torch.compiler.is_compiling()
     return (
-        (type(f) is nn.Linear or is_conv1d(f))
-        and not f.weight.requires_grad
+        (dense or (packed and x.is_floating_point()))
         and not (f._forward_hooks or f._forward_pre_hooks)
         and torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
@@ -58,4 +72,8 @@ def fusible(f, x: Tensor) -> bool:
 
 def low_rank_linear(f: nn.Module, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """f(x) + s·x·Aᵀ·Bᵀ for a `fusible` layer."""
-    return LowRankLinear.apply(x, weight_of(f), f.bias, A, B, s)
+    if not is_packed(f):
+        return LowRankLinear.apply(x, A, B, s, F.linear, _dense_gradient, weight_of(f), f.bias)
+    from . import nf4_layer
+
+    return LowRankLinear.apply(x, A, B, s, nf4_layer.biased_product, nf4_layer.biased_gradient, f.bias, *f.packed)

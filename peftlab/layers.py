@@ -26,6 +26,11 @@ def is_quantised(layer: nn.Module) -> bool:
     return is_linear(layer) and (hasattr(layer, "dequantize") or theirs is not None)
 
 
+def is_packed(layer: nn.Module) -> bool:
+    """Whether it is our NF4Linear. By name: that module imports this one."""
+    return type(layer).__name__ == "NF4Linear" and hasattr(layer, "packed")
+
+
 def shape_of(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer; a ValueError names any other kind."""
     if is_conv1d(layer):

@@ -52,6 +52,17 @@ def gradient(gy: Tensor, *packed) -> Tensor:
     return gx
 
 
+def biased_product(x: Tensor, b: Tensor | None, *packed) -> Tensor:
+    """x·Wᵀ + b, in memory of its own."""
+    y = product(x, *packed)
+    return y if b is None else y.add_(b.to(y.dtype))
+
+
+def biased_gradient(gy: Tensor, b: Tensor | None, *packed) -> Tensor:
+    """gy·W, for `biased_product`."""
+    return gradient(gy, *packed)
+
+
 # For torch.compile each is one operation that it does not look into: it would merge the two unpackings of W into one
 # and keep the dense W from the forward to the backward pass, which is what QLoRA is there to avoid.
 @torch.library.custom_op("peftlab::packed_product", mutates_args=())

@@ -44,7 +44,7 @@ def config_of(source: Any, **changes) -> PreTrainedConfig:
     elif isinstance(source, Mapping):
         config = _from_entries(source)
     elif not isinstance(source, (str, os.PathLike)):
-        raise TypeError("count() takes a model (torch.nn.Module), a transformers config or the name of one, not "
+        raise TypeError("a model is a torch.nn.Module, a transformers config or the name of one, not "
                         f"{type(source).__name__}")  # fmt: skip
     elif (name := _built_in(str(source))) is not None:
         config = _from_entries(shapes()[name]["config"])
@@ -75,7 +75,7 @@ def meta_model(source: Any, **changes) -> nn.Module:
     kinds = [kind for kind in named if kind is not None] + [m[type(config)] for m in known if type(config) in m]
     if not kinds:
         raise ValueError(f"transformers has no model for a {type(config).__name__}; build the model under "
-                         "torch.device('meta') yourself and count that")  # fmt: skip
+                         "torch.device('meta') yourself and pass that")  # fmt: skip
     with torch.device("meta"):
         return kinds[0](config).eval()
 

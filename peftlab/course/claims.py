@@ -12,7 +12,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from ..count import Count, count
 from ..methods.lora import LoRA
 from ..nf4_layer import quantize
 from .ledger import GB, GIB, NF4, SHAPES, Ledger, Shape, compare, human
+
+if TYPE_CHECKING:
+    from ..vram import Memory
 
 TEXTS = {
     1: "PEFT (Parameter-Efficient Fine-Tuning), with a box on its relevance for the front end",
@@ -112,6 +115,18 @@ def _percent(counted: Count) -> float:
 
 def _gib(ledger: Ledger) -> str:
     return f"{ledger.total / GIB:.1f} GiB"
+
+
+@functools.cache
+def _need(model: str, **asked) -> Memory:
+    """Of one training step with LoRA, predicted."""
+    from ..vram import predict
+
+    return predict(model, "lora", **asked)
+
+
+def _reserved(needs: dict[int, Memory]) -> str:
+    return " and ".join(f"{need.reserved / GIB:.1f} GiB with {tokens:,} tokens" for tokens, need in needs.items())
 
 
 @functools.cache
@@ -647,10 +662,11 @@ def consumer_card() -> Finding:
 @claim("Llama-7B can be fine-tuned with LoRA on a single 16 GB GPU", 5, topic="memory")
 def sixteen_gigabytes() -> Finding:
     lora = compare(LEDGER_7B, targets=QV)["LoRA r=8"]
-    assert lora.fits(16)
+    needs = {tokens: _need(SEVEN, targets=QV, r=8, tokens=tokens) for tokens in (512, 2048)}
+    assert lora.fits(16) and needs[512].verdict("16GB", advise=False) and not needs[2048].verdict("16GB", advise=False)
     return Finding(
-        f"{_gib(lora)} with the base in 16 bits; {16 - lora.total / GIB:.1f} GiB are left for "
-        "activations. To be measured on a GPU: lesson on memory",
+        f"{_gib(lora)} with the base in 16 bits; {16 - lora.total / GIB:.1f} GiB are left for activations. A whole step "
+        f"with one text, predicted as in lesson 09, takes {_reserved(needs)}",
         "holds if the batch is small and the texts short",
     )
 
@@ -658,11 +674,13 @@ def sixteen_gigabytes() -> Finding:
 @claim("QLoRA fine-tunes 65B models on a single 48 GB GPU", 5, topic="memory")
 def qlora_65b() -> Finding:
     ways = {r: compare(LLAMA_65B, r=r)[f"QLoRA r={r}"] for r in (8, 64)}
-    assert all(way.fits(48) for way in ways.values())
+    need = _need("llama-65b", r=64, tokens=512, quantize="nf4", checkpointing=True)
+    assert all(way.fits(48) for way in ways.values()) and need.verdict("48GB", advise=False)
     return Finding(
         "; ".join(f"{_gib(way)} at r = {r} on all linear layers" for r, way in ways.items())
-        + ", activations not counted. To be measured: lesson on memory",
-        "holds if the activations fit what is left",
+        + ", activations not counted. A whole step with one text, r = 64 and gradient checkpointing, predicted as in "
+        f"lesson 09, takes {_reserved({512: need})}",
+        "holds if gradients are checkpointed and the texts are not too long",
     )
 
 

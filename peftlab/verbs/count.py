@@ -9,9 +9,10 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 from typing import Any
+
+from ._options import hyper, shape_lines
 
 HELP = "count parameters of any model and method, without weights"
 
@@ -39,13 +40,13 @@ def run(args: argparse.Namespace) -> None:
         return _list(args.json)
     from ..count import count
 
-    hyper = dict(map(_pair, args.hyper)) | ({} if args.rank is None else {"r": args.rank})
-    counted = count(args.model, args.method, args.targets, **hyper)
+    chosen = hyper(args.hyper, args.rank)
+    counted = count(args.model, args.method, args.targets, **chosen)
     stored = counted.file_bytes(args.dtype)
     tables = {"layer": counted.per_layer, "module": counted.per_module}
     if args.json:
         content: dict[str, Any] = {
-            "model": args.model, "method": args.method, "targets": args.targets, "hyper": hyper,
+            "model": args.model, "method": args.method, "targets": args.targets, "hyper": chosen,
             "trainable": counted.trainable, "total": counted.total, "base": counted.base, "percent": counted.percent,
             "formula": counted.expected.get("default"), "dtype": args.dtype, "file_bytes": stored,
             "optimizer_bytes": counted.optimizer_bytes,
@@ -68,19 +69,4 @@ def _list(as_json: bool) -> None:
 
     if as_json:
         return print(json.dumps({"shapes": shapes(), "methods": sorted(METHODS)}, indent=1))
-    wide = max(map(len, shapes()))
-    print("built-in shapes, each with the Hub id that its numbers come from")
-    for name, entry in shapes().items():
-        print(f"  {name:<{wide}}  {entry['hub'] or 'Brown et al. 2020, arXiv:2005.14165, table 2.1'}")
-    print(f"methods\n  full, {', '.join(METHODS)}")
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    """KEY=VALUE, with the value read as Python writes numbers, lists and truth; anything else is a word."""
-    key, equals, value = text.partition("=")
-    if not equals or not key.isidentifier():
-        raise ValueError(f"--set {text!r} is not KEY=VALUE, such as alpha=32")
-    try:
-        return key, ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        return key, value
+    print(*shape_lines(), f"methods\n  full, {', '.join(METHODS)}", sep="\n")

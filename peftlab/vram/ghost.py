@@ -41,8 +41,9 @@ def _ghost(tensor: Tensor) -> Tensor:
 
 def _packed(tensor: Tensor, new: Tensor, state: Any) -> Tensor:
     """bitsandbytes' Params4bit, with its scales."""
-    known = {name: getattr(tensor, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
-    return type(tensor)(new, requires_grad=False, quant_state=_state(state), bnb_quantized=True, **known)
+    facts = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    return type(tensor)(new, requires_grad=False, quant_state=_state(state), bnb_quantized=True,
+                        **{name: getattr(tensor, name) for name in facts})  # fmt: skip
 
 
 def _state(state: Any) -> Any:

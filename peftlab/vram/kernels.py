@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import nf4_fast, nf4_layer
 
@@ -40,11 +39,11 @@ def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
 @contextmanager
 def like(device: str, attention: str = "auto", autocast: torch.dtype | None = None) -> Iterator[Autocast]:
     """Torch on meta tensors as on a device, "cuda" or "cpu". Gives the autocast context for the forward pass."""
-    cast = Autocast(autocast)
+    cast = Autocast(autocast, device)
+    adam = importlib.import_module("torch.optim.adam")
     changes = [
         (F, "scaled_dot_product_attention", cast.inputs(ATTEND[device](attention), "low")),
-        (importlib.import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *args, **kwargs: None),  # it knows no meta device
-        (importlib.import_module("torch.optim.sgd"), "_device_dtype_check_for_fused", lambda *args, **kwargs: None),
+        (adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None),  # it knows of no meta device
         *cast.changes(),
     ]
     if device == "cuda":
@@ -65,7 +64,6 @@ def attention_on_cuda(which: str) -> Callable[..., Tensor]:
 
     Source: aten/src/ATen/native/transformers/attention.cpp and cuda/sdp_utils.cpp.
     """
-    plain = F.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
@@ -77,39 +75,37 @@ def attention_on_cuda(which: str) -> Callable[..., Tensor]:
         chosen = which if which != "auto" else "flash" if flash else "efficient" if efficient else "math"
         if (chosen == "flash" and not flash) or (chosen in ("efficient", "cudnn") and not efficient):
             chosen = "math"  # what torch does where nothing else is left
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.where(attn_mask, 0.0, torch.scalar_tensor(-math.inf, dtype=q.dtype, device=q.device))
+        attn_mask = _additive(attn_mask, q)
         if chosen == "flash":
-            wide = -d % 8
-            q, k, v = (F.pad(t, (0, wide)) if wide else t for t in (q, k, v))
-            return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, False, scale=scale)[0][..., :d]
+            q, k, v = (F.pad(t, (0, -d % 8)) if d % 8 else t for t in (q, k, v))
+            return aten._scaled_dot_product_flash_attention(
+                q, k, v, dropout_p, is_causal, return_debug_mask=False, scale=scale
+            )[0][..., :d]
         if chosen == "math":
-            with sdpa_kernel(SDPBackend.MATH):
-                return plain(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return by_formula(q, k, v, attn_mask, dropout_p, is_causal, scale)
         if attn_mask is not None:
             attn_mask = _aligned(attn_mask).expand(*q.shape[:3], k.shape[2])
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-        if chosen == "cudnn":
-            return aten._scaled_dot_product_cudnn_attention(q, k, v, attn_mask, trained, dropout_p, is_causal, False, scale=scale)[0]  # fmt: skip
-        return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, trained, dropout_p, is_causal, scale=scale)[0]  # fmt: skip
+        kernel = {"cudnn": aten._scaled_dot_product_cudnn_attention,
+                  "efficient": aten._scaled_dot_product_efficient_attention}[chosen]  # fmt: skip
+        return kernel(q, k, v, attn_mask, trained, dropout_p, is_causal, scale=scale)[0]
 
     return attend
 
 
 def attention_on_cpu(which: str) -> Callable[..., Tensor]:
     """The flash attention of torch's CPU backend, or the plain formula with `which` = "math"."""
-    plain = F.scaled_dot_product_attention
 
     def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:  # fmt: skip
         fits = dropout_p == 0 and query.dim() == 4 and query.shape[-1] == value.shape[-1] and which != "math"
         trains_mask = attn_mask is not None and attn_mask.requires_grad
+        attn_mask = _additive(attn_mask, query)
         if not fits or trains_mask or (attn_mask is not None and is_causal):
-            with sdpa_kernel(SDPBackend.MATH):
-                return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.where(attn_mask, 0.0, torch.scalar_tensor(-math.inf, dtype=query.dtype, device=query.device))
-        return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]  # fmt: skip
+            return by_formula(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
 
     return attend
 
@@ -117,8 +113,40 @@ def attention_on_cpu(which: str) -> Callable[..., Tensor]:
 ATTEND = {"cuda": attention_on_cuda, "cpu": attention_on_cpu}
 
 
+def by_formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
+               scale: float | None) -> Tensor:  # fmt: skip
+    """softmax(s·q·kᵀ + mask)·v without a kernel, in float32. Torch has it in C++, but makes a third matrix of scores
+    while a dispatch mode watches (areAnyTensorSubclassLike), and has another dropout for meta tensors than for a GPU.
+
+    Source: aten/src/ATen/native/transformers/attention.cpp, _scaled_dot_product_attention_math.
+    """
+    exact = [t.float() if t.dtype in HALF else t for t in (query, key, value)]  # kept to the end
+    root = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    q, k, v = exact[0] * root, *exact[1:]
+    if is_causal:
+        mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        mask = torch.where(mask, 0.0, torch.scalar_tensor(-math.inf, dtype=q.dtype, device=q.device))
+    if k.shape[-3] != q.shape[-3]:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    scores = aten.matmul(q, k.transpose(-2, -1) * root)
+    if mask is not None:
+        scores.add_(mask)
+    scores = aten._safe_softmax(scores, -1)
+    if dropout_p:
+        scores = F.dropout(scores, dropout_p, True)
+    out, _ = aten.matmul(scores, v).to(query.dtype), scores.to(query.dtype)
+    return out
+
+
+def _additive(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """A mask of yes and no becomes one of 0 and −∞, as large as its numbers are: torch does so in each layer anew."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, 0.0, torch.scalar_tensor(-math.inf, dtype=q.dtype, device=q.device))
+
+
 def _aligned(mask: Tensor) -> Tensor:
-    """The memory-efficient kernel reads masks in steps of 8 numbers: a row of another length is copied into longer ones.
+    """The memory-efficient kernel reads masks in steps of 8 numbers: a row of another length is copied to a longer one.
 
     Source: attention.cpp, preprocess_mask and pad_bias.
     """
@@ -164,7 +192,7 @@ def _efficient_backward(args: tuple, kwargs: dict, out: tuple) -> tuple[tuple, i
 
 
 def _dequantised(args: tuple, kwargs: dict, out: Tensor) -> tuple[Tensor, int]:
-    """bitsandbytes multiplies many rows by unpacking all weights first: a dense copy in the dtype of x, while it runs."""
+    """bitsandbytes unpacks the weights before it multiplies many rows: a dense copy in the dtype of x while it runs."""
     x, N, K = args[0], args[2][0], args[2][1]
     return out, x.element_size() * N * K * (x.numel() // K > 64)
 
@@ -177,12 +205,29 @@ def _cast(args: tuple, kwargs: dict, out: Tensor) -> tuple[Tensor, int]:
     return out, sum(t.numel() * common.itemsize for t in tensors if t.dtype != common and t.dim())
 
 
+def _layer_norm(args: tuple, kwargs: dict, out: tuple) -> tuple[tuple, int]:
+    """A CPU keeps mean and deviation of each row in the dtype of the weight, a GPU always in float32.
+    Source: aten/src/ATen/native/layer_norm.cpp, layer_norm_cpu, and cpu/mixed_data_type.h."""
+    x, weight = args[0], args[2]
+    own = (x if weight is None else weight).dtype
+    return (out[0], *(t.new_empty(t.shape, dtype=own) for t in out[1:])), 0
+
+
+def _safe_softmax(args: tuple, kwargs: dict, out: Tensor) -> tuple[Tensor, int]:
+    """The softmax of attention by the plain formula looks for rows that see nothing: one byte for each score, and row.
+    Source: aten/src/ATen/native/transformers/attention.cpp, _safe_softmax."""
+    return out, out.numel() + out.numel() // out.shape[-1]
+
+
 def kernels(device: str) -> dict[Any, Callable]:
     """op -> its `Recorder.kernels` entry."""
+    everywhere: dict[Any, Callable] = {aten._safe_softmax.default: _safe_softmax}
     if device == "cpu":
         names = ("mul", "add", "sub", "div", "mul_", "add_", "sub_", "div_")
-        return {getattr(aten, name).Tensor: _cast for name in names}
+        casts = {getattr(aten, name).Tensor: _cast for name in names}
+        return {**everywhere, **casts, aten.native_layer_norm.default: _layer_norm}
     found: dict[Any, Callable] = {
+        **everywhere,
         aten._scaled_dot_product_flash_attention.default: _forward,
         aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
         aten._scaled_dot_product_efficient_attention.default: _forward,
@@ -236,9 +281,11 @@ class Autocast:
     HIGH = ((F, "layer_norm"), (F, "softmax"), (F, "log_softmax"), (torch, "softmax"), (F, "cross_entropy"),
             (F, "nll_loss"), (F, "softplus"), (torch, "rsqrt"), (torch, "exp"), (torch, "pow"), (torch.Tensor, "pow"),
             (torch.Tensor, "softmax"), (torch.Tensor, "exp"), (torch.Tensor, "rsqrt"))  # fmt: skip
+    HIGH_ON_CPU = ((F, "cross_entropy"), (F, "nll_loss"))  # of those above; a CPU does the others in 16 bits
 
-    def __init__(self, dtype: torch.dtype | None):
+    def __init__(self, dtype: torch.dtype | None, device: str = "cuda"):
         self.dtype, self.on, self.keeps = dtype, False, False
+        self.highs = self.HIGH_ON_CPU if device == "cpu" else self.HIGH
         self.kept: dict[int, Tensor] = {}
 
     def __enter__(self) -> Autocast:
@@ -276,7 +323,7 @@ class Autocast:
                     (torch, "autocast", lambda kind, *args, **kwargs: contextlib.nullcontext() if kind == "meta"
                      else given(kind, *args, **kwargs))]  # fmt: skip
         found = [(owner, name, self.inputs(getattr(owner, name), "low")) for owner, name in self.LOW]
-        found += [(owner, name, self.inputs(getattr(owner, name), "high")) for owner, name in self.HIGH]
+        found += [(owner, name, self.inputs(getattr(owner, name), "high")) for owner, name in self.highs]
         return [*found, (torch, "is_autocast_enabled", lambda kind="cuda": self.on),
                 (torch, "get_autocast_dtype", lambda kind="cuda": self.dtype),
                 (torch, "autocast", lambda kind, *args, enabled=True, **kwargs: self.switched(enabled))]  # fmt: skip

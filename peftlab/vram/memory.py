@@ -65,9 +65,11 @@ class Memory:
     def __repr__(self) -> str:
         wide = max(map(len, [*self.by_kind, "allocated"]))
         lines = [f"{self.source}: {self.title()}"]
-        lines += [f"  {kind:<{wide}}  {size(n):>10}  {100 * n / self.allocated:5.1f} %" for kind, n in self.by_kind.items()]
-        lines += [f"  {'allocated':<{wide}}  {size(self.allocated):>10}  at the peak, {self.where()}"]
-        lines += [f"  {'reserved':<{wide}}  {size(self.reserved):>10}  with the allocator's rounding and gaps"] if self.reserved else []
+        lines += [f"  {kind:<{wide}}  {size(n):>10}  {100 * n / self.allocated:5.1f} %"
+                  for kind, n in self.by_kind.items()]  # fmt: skip
+        lines.append(f"  {'allocated':<{wide}}  {size(self.allocated):>10}  at the peak, {self.where()}")
+        if self.reserved:
+            lines.append(f"  {'reserved':<{wide}}  {size(self.reserved):>10}  with the allocator's rounding and gaps")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
     def where(self) -> str:
@@ -82,8 +84,9 @@ class Memory:
     def to_dict(self) -> dict[str, Any]:
         """What can be written as JSON: all but the tape. Bytes."""
         return {
-            "source": self.source, "asked": {k: v for k, v in self.asked.items() if _plain(v)}, "allocated": self.allocated,
-            "reserved": self.reserved, "by_kind": dict(self.by_kind), "phases": dict(self.phases),
+            "source": self.source, "asked": {k: v for k, v in self.asked.items() if _plain(v)},
+            "allocated": self.allocated, "reserved": self.reserved, "by_kind": dict(self.by_kind),
+            "phases": dict(self.phases),
             "peak": self.peak._asdict(), "seconds": self.seconds, "host": self.host, "notes": list(self.notes),
         }  # fmt: skip
 
@@ -92,7 +95,7 @@ class Memory:
         """The inverse, without a tape."""
         return cls(**{**dict(entries), "peak": Peak(**entries["peak"]), "notes": tuple(entries["notes"])})
 
-    def verdict(self, card: Any = None, **room: float) -> Any:
+    def verdict(self, card: Any = None, **room: Any) -> Any:
         """Whether it fits a card, and if not, what would: see `cards.verdict`."""
         from .cards import verdict
 
@@ -141,13 +144,14 @@ def from_tape(source: str, tape: Tape, reserved: int, asked: Mapping[str, Any], 
     """The `Memory` that a tape tells of; its blocks must have kinds."""
     levels = tape.allocated()
     event = max(range(len(levels)), key=levels.__getitem__, default=0)
-    phases = {}
+    phases: dict[str, int] = {}
     for phase, events in tape.phases():
         phases[phase] = max(phases.get(phase, 0), max((levels[i] for i in events), default=0))
     block = tape.blocks[n if (n := tape.events[event]) >= 0 else ~n] if levels else None
     phase = next((name for name, events in tape.phases() if event in events), "")
     peak = Peak(phase, block.module if block else "", block.op if block else "", event)
-    return Memory(source, asked, levels[event] if levels else 0, reserved, tape.by_kind(event), phases, peak, tape=tape, **more)
+    allocated = levels[event] if levels else 0
+    return Memory(source, asked, allocated, reserved, tape.by_kind(event), phases, peak, tape=tape, **more)
 
 
 __all__ = ["GIB", "KINDS", "MIB", "Memory", "Peak", "describe", "from_tape", "size"]

@@ -25,11 +25,12 @@ from ..attach import Targets, adapters, attach
 from ..baselines import full_finetuning
 from ..core import Adapter
 from ..nf4_layer import quantize as quantize_model
+from ..rows import kind_of
 from .allocator import CachingAllocator
 from .ghost import build, ghost
 from .kernels import ATTENTION, kernels, like, replaced
 from .memory import Memory, from_tape, size
-from .step import OPTIMIZERS, Generation, TrainingStep, batch_of
+from .step import OPTIMIZERS, Generation, TrainingStep, batch_of, without_labels
 from .tape import Recorder, Unknown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
@@ -81,7 +82,7 @@ def predict(
     train: False for a forward pass without gradients; by default whether anything trains.
     dtype: of the base's weights; adapter_dtype: of what a method adds; quantize: "nf4", "fp4", "int4", "int8" for its
     linear layers. autocast: "bf16" or "fp16", as torch.autocast around the forward pass.
-    attention: "auto" is what torch chooses on an Ampere card or newer; or "flash", "efficient", "cudnn", "math", "eager".
+    attention: "auto": what torch chooses on an Ampere card or newer; "flash", "efficient", "cudnn", "math", "eager".
     optimizer: a name of `step.OPTIMIZERS`, or a function from parameters to a torch optimizer.
     micro_batches: how many batches of `batch` rows add up their gradients before a step (gradient accumulation).
     device: "cuda", or "cpu" for torch's CPU kernels, where nothing is rounded and nothing reserved. expandable: with
@@ -91,7 +92,8 @@ def predict(
     """
     start, before = time.perf_counter(), _resident()
     call = {name: value for name, value in locals().items() if name not in ("start", "before", "hyper")} | hyper
-    asked = {name: value for name, value in locals().items() if name not in ("start", "before", "call", "inputs", "loss", "step")}
+    asked = {name: value for name, value in call.items() if name not in ("inputs", "loss", "step", *hyper)}
+    asked["hyper"] = hyper
     _check(asked, OPTIMIZERS)
     with _in_words():
         there = isinstance(model, nn.Module)
@@ -100,12 +102,19 @@ def predict(
         trained = [p for p in made.parameters() if p.requires_grad]
         training = bool(trained) if train is None else train
         if training and not trained:
-            raise ValueError("nothing to train: name a method (\"lora\", \"full\", …), or train=False for a forward pass")
+            raise ValueError('nothing to train: name a method ("lora", "full", …), or train=False to run it only')
+        if new_tokens and (training or kind_of(made) != "causal"):
+            why = "it trains; train=False runs it" if training else "it does not write one token after the other"
+            raise ValueError(f"new_tokens={new_tokens} is no question to this {type(made).__name__}: {why}")
         asked |= {"model": _name(model), "method": _name(method), "optimizer": _name(optimizer), "train": training}
         made.train(training)
         if checkpointing and training:
             _checkpoint(made)
-        given = batch_of(made, batch, tokens, padding) if inputs is None else {k: v.to("meta") for k, v in inputs.items()}
+        given = batch_of(made, batch, tokens, padding)
+        if inputs is not None:
+            given = {name: tensor.to("meta") for name, tensor in inputs.items()}
+        if not training:
+            given = without_labels(made, given)
         _fits_context(made, batch, tokens + new_tokens)
         recorder = Recorder(made, like=device, answer=not padding, kernels=kernels(device))
         tape = recorder.tape
@@ -114,19 +123,22 @@ def predict(
         recorder.tag(added, "adapter")
         recorder.tag(given.values(), "activations")
         watched = [(torch.cuda, "empty_cache", lambda: tape.emptied.append(len(tape.events)))]
-        if device == "cpu":  # checkpointing keeps a state of the random numbers for each block; no operation makes it
-            watched.append((torch, "get_rng_state", partial(_seen, recorder, torch.get_rng_state)))
-        with replaced(*watched), like(device, attention, DTYPES[autocast] if autocast else None) as cast, recorder.watching(), recorder:
+        if device == "cpu":  # checkpointing keeps states of the random numbers, on meta fewer; no operation makes them
+            watched += [(torch, "get_rng_state", partial(_seen, recorder, torch.get_rng_state)),
+                        (torch.random, "fork_rng", _as_on_cpu(torch.random.fork_rng))]  # fmt: skip
+        torch_as = like(device, attention, DTYPES[autocast] if autocast else None)
+        with replaced(*watched), torch_as as cast, recorder.watching(), recorder:
             if training:
                 optim = OPTIMIZERS[optimizer](trained) if isinstance(optimizer, str) else optimizer(trained)
-                ours = TrainingStep(made, given, optim, autocast=cast, micro_batches=min(2, micro_batches), loss=loss)
+                few = min(2, micro_batches)  # from the second one on, each is like the one before
+                ours = TrainingStep(made, given, optim, autocast=cast, micro_batches=few, loss=loss)
                 for _ in range(2):
                     mark = partial(_mark, recorder, trained, optim)
                     ours(mark) if step is None else step(made, given, optim, mark)
                 _name_states(recorder, optim)
             else:
                 run = Generation(made, given, new_tokens, cast)
-                run(lambda phase: (recorder.tag(_cached(run.cache), "cache"), tape.enter(phase)))
+                run(partial(_mark_cache, recorder, run))
                 recorder.tag(_cached(run.cache), "cache")
         recorder.live.clear()
     tape.name_the_rest(_vocabulary(made))
@@ -149,7 +161,10 @@ def _made(model: Any, attention: str, dtype: torch.dtype) -> nn.Module:
         if attention == "eager" and hasattr(made, "set_attn_implementation"):
             made.set_attn_implementation("eager")
         return made
-    return build(model, dtype, **({"_attn_implementation": "eager"} if attention == "eager" else {}))
+    made = build(model, dtype, **({"_attn_implementation": "eager"} if attention == "eager" else {}))
+    if made.config.is_encoder_decoder and getattr(made.config, "decoder_start_token_id", None) is None:
+        made.config.decoder_start_token_id = 0  # a shape has no token ids; which one it is changes no memory
+    return made
 
 
 def _changed(model: nn.Module, method: Method, targets: Any, hyper: dict, quantize: str | None, dtype: torch.dtype,
@@ -159,7 +174,7 @@ def _changed(model: nn.Module, method: Method, targets: Any, hyper: dict, quanti
         if targets is not None or hyper:
             raise ValueError(f"full fine-tuning trains all there is; it takes no {', '.join(hyper) or 'targets'}")
         if quantize:
-            raise ValueError(f"quantize={quantize!r} freezes the weights, and full fine-tuning trains them; take a method")
+            raise ValueError(f"quantize={quantize!r} freezes weights that full fine-tuning trains; take a method")
         return full_finetuning(model)
     if method is None and (targets is not None or hyper):
         raise ValueError(f"{', '.join(hyper) or 'targets'} given, but no method; say which, such as method='lora'")
@@ -208,10 +223,11 @@ def _parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 def _checkpoint(model: nn.Module) -> None:
     """Gradient checkpointing, by the name that this version of transformers has for it."""
-    switch = getattr(model, "activation_checkpointing_enable", None) or getattr(model, "gradient_checkpointing_enable", None)
-    if switch is None:
-        raise ValueError(f"{type(model).__name__} has no gradient_checkpointing_enable(); switch it on in the model yourself")
-    switch()
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    switches = [switch for name in names if (switch := getattr(model, name, None)) is not None]
+    if not switches:
+        raise ValueError(f"{type(model).__name__} has no {names[1]}(); switch it on in the model yourself")
+    switches[0]()
 
 
 def _vocabulary(model: nn.Module) -> int | None:
@@ -223,7 +239,7 @@ def _cached(cache: Any) -> list[Tensor]:
     return [t for layer in getattr(cache, "layers", []) for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
 
 
-# ---------------------------------------------------------------------------------------------------- while it is running
+# --------------------------------------------------------------------------------------------------- while it is running
 
 
 def _mark(recorder: Recorder, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, phase: str) -> None:
@@ -233,16 +249,25 @@ def _mark(recorder: Recorder, trained: list[nn.Parameter], optimizer: torch.opti
     recorder.tape.enter(phase)
 
 
+def _mark_cache(recorder: Recorder, run: Generation, phase: str) -> None:
+    recorder.tag(_cached(run.cache), "cache")
+    recorder.tape.enter(phase)
+
+
 def _seen(recorder: Recorder, function: Callable[[], Tensor]) -> Tensor:
     recorder.see(state := function(), "get_rng_state")
     return state
+
+
+def _as_on_cpu(fork_rng: Callable) -> Callable:
+    return lambda *args, **kwargs: fork_rng(*args, **{**kwargs, "device_type": "cpu"})
 
 
 def _name_states(recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
     recorder.tag((t for state in optimizer.state.values() for t in state.values()), "optimizer")
 
 
-# --------------------------------------------------------------------------------------------------------------- refusals
+# -------------------------------------------------------------------------------------------------------------- refusals
 
 
 def _check(asked: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
@@ -266,7 +291,8 @@ def _fits_context(model: nn.Module, batch: int, tokens: int) -> None:
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     learned = not any("rotary" in name.lower() for name, _ in model.named_modules())
     if limit and learned and tokens > limit:
-        raise ValueError(f"{tokens} tokens are longer than the context of {type(model).__name__}, {limit} learned positions")
+        raise ValueError(f"{tokens} tokens are longer than the context of {type(model).__name__}, which has learned "
+                         f"{limit} positions; take fewer tokens")  # fmt: skip
 
 
 def _notes(model: nn.Module, tokens: int, optimizer: Any) -> list[str]:
@@ -274,7 +300,8 @@ def _notes(model: nn.Module, tokens: int, optimizer: Any) -> list[str]:
     if limit and tokens > limit:
         found.append(f"{tokens} tokens are longer than the context of {limit} that the model was made for")
     if getattr(optimizer, "paged_bytes", 0):
-        found.append(f"{size(optimizer.paged_bytes)} of optimizer states are paged: in CPU memory, moved to the card in use")
+        paged = size(optimizer.paged_bytes)
+        found.append(f"{paged} of optimizer states are paged: in CPU memory, and on the card only while they are used")
     return found
 
 
@@ -291,8 +318,8 @@ def _in_words() -> Any:
                          "(pl.vram.measure)") from error  # fmt: skip
     except (RuntimeError, OverflowError) as error:
         if any(word in str(error) for word in ("overflow", "too large", "exceeds")):
-            raise ValueError(f"tensors of this size cannot exist ({str(error).splitlines()[0]}); take a smaller batch or "
-                             "fewer tokens") from None  # fmt: skip
+            raise ValueError(f"tensors of this size cannot exist ({str(error).splitlines()[0]}); take fewer rows or "
+                             "tokens") from None  # fmt: skip
         raise
 
 

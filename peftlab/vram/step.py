@@ -15,7 +15,9 @@ from ..rows import kind_of
 Mark = Callable[[str], None]
 
 
-def batch_of(model: nn.Module, rows: int, tokens: int, padding: bool = False, device: str = "meta") -> dict[str, Tensor]:
+def batch_of(
+    model: nn.Module, rows: int, tokens: int, padding: bool = False, device: str = "meta"
+) -> dict[str, Tensor]:
     """A batch (B, T) as `peftlab.train` makes one of rows of equal length; with padding, it has a mask that is needed.
 
     A language model predicts each of its tokens, an encoder–decoder writes T tokens to T tokens, a classifier gives
@@ -24,7 +26,7 @@ def batch_of(model: nn.Module, rows: int, tokens: int, padding: bool = False, de
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
     kind = kind_of(model)
     batch = {"input_ids": ids, "labels": torch.zeros_like(ids)}
-    if kind == "other" and getattr(model.config, "num_labels", 0) and _classifies(model):
+    if kind == "other" and _classifies(model):
         batch["labels"] = torch.zeros(rows, dtype=torch.long, device=device)
     if padding:
         batch["attention_mask"] = torch.ones_like(ids)
@@ -36,6 +38,14 @@ def batch_of(model: nn.Module, rows: int, tokens: int, padding: bool = False, de
 def _classifies(model: nn.Module) -> bool:
     """Whether it gives one answer a row: a masked language model has one for each token."""
     return getattr(model, "get_output_embeddings", lambda: None)() is None
+
+
+def without_labels(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A batch for running a model only; a decoder reads what it would have learned to write."""
+    rest = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    if kind_of(model) == "seq2seq" and "labels" in batch:
+        rest.setdefault("decoder_input_ids", batch["labels"])
+    return rest
 
 
 class TrainingStep:
@@ -65,7 +75,7 @@ class TrainingStep:
             del loss
         mark("step")
         if self.clip:
-            torch.nn.utils.clip_grad_norm_(self.trained, self.clip, foreach=not self.trained[0].is_meta or None)
+            torch.nn.utils.clip_grad_norm_(self.trained, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -76,11 +86,12 @@ class Generation:
     def __init__(self, model: nn.Module, batch: Mapping[str, Tensor], new_tokens: int,
                  autocast: AbstractContextManager | None = None):  # fmt: skip
         self.model, self.new_tokens, self.autocast = model, new_tokens, autocast or nullcontext()
-        self.batch = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        self.batch = without_labels(model, batch)
         self.cache: Any = None
 
     @torch.no_grad()
     def __call__(self, mark: Mark) -> None:
+        self.cache = None  # of the call before
         mark("prompt")
         with self.autocast:
             if not self.new_tokens or kind_of(self.model) != "causal":
@@ -94,11 +105,10 @@ class Generation:
                     step = self._skip(step)
                 mark("tokens")
                 token = out.logits[:, -1:].argmax(-1)
-                del out
                 if mask is not None:
                     mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 out = self.model(input_ids=token, attention_mask=mask, past_key_values=self.cache, use_cache=True)
-                if step == self.new_tokens - 1:
+                if step == self.new_tokens - 1:  # on meta tensors, after a jump
                     break
 
     def _skip(self, step: int) -> int:
@@ -134,9 +144,8 @@ class EightBit(torch.optim.Optimizer):
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if not self.state[p]:
                 packed = self.eight and p.numel() >= self.LEAST
-                dtype = torch.uint8 if packed else torch.float32
-                state = {"absmax1": p.new_zeros(math.ceil(p.numel() / self.BLOCK), dtype=torch.float32),
-                         "absmax2": p.new_zeros(math.ceil(p.numel() / self.BLOCK), dtype=torch.float32)} if packed else {}  # fmt: skip
+                dtype, scales = torch.uint8 if packed else torch.float32, math.ceil(p.numel() / self.BLOCK)
+                state = {name: p.new_zeros(scales * packed, dtype=torch.float32) for name in ("absmax1", "absmax2")}
                 if self.paged and p.numel() >= self.PAGED:
                     self.paged_bytes += 2 * p.numel() * dtype.itemsize
                 else:
@@ -156,8 +165,8 @@ def _packed(eight: bool, paged: bool) -> Callable[[list[nn.Parameter]], torch.op
     return lambda params: EightBit(params, eight, paged)
 
 
-# The names of `peftlab.train`, and the ways in which torch runs AdamW: fused in one kernel; foreach, which is torch's own
-# default on a GPU, over all tensors at once with a temporary copy of them; and one tensor after the other.
+# The names of `peftlab.train`, and the ways in which torch runs AdamW: fused in one kernel; foreach, over all tensors at
+# once with a temporary copy of them, which is torch's own default on a GPU; and one tensor after the other.
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "adamw": _adamw(fused=True),
     "adamw_foreach": _adamw(foreach=True),

@@ -156,7 +156,7 @@ class Recorder(TorchDispatchMode):
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.stack: list[str] = []
         self.live: dict[int, int] = {}  # address of a storage -> number of its block
-        self.born_in: tuple[list[int], list[str]] = [], []  # sequence numbers of autograd nodes, the module from there on
+        self.born_in: tuple[list[int], list[str]] = [], []  # numbers of autograd nodes, the module from there on
 
     # --- which module is at work
 
@@ -254,8 +254,9 @@ class Recorder(TorchDispatchMode):
 
     def _answered(self, tensor: Tensor) -> bool:
         if tensor.dtype != torch.bool:
-            raise Unknown("the model computes with a number that it reads out of a tensor (.item(), int(tensor), …), and "
-                          f"there are no numbers here{f', in {self.stack[-1]!r}' if self.stack else ''}")  # fmt: skip
+            where = f", in {self.stack[-1]!r}" if self.stack else ""
+            raise Unknown("the model computes with a number that it reads out of a tensor (.item(), int(tensor), …)"
+                          f"{where}, and there are no numbers here")  # fmt: skip
         return self.answer
 
 
@@ -274,7 +275,7 @@ def _holders(args: tuple) -> tuple[int, int, int]:
 
 @functools.cache
 def _held_by_autograd() -> tuple[int, int, int]:
-    """`_holders` of a gradient that nobody but autograd holds when it adds another one to it: seen in a tiny example."""
+    """`_holders` of a gradient that only autograd holds when it adds another one to it: looked at in a tiny example."""
     seen = []
 
     class Look(TorchDispatchMode):
