@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -194,7 +195,7 @@ def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapt
         _check_site(model, path)
         site = at(model, path)
         layer = site.original if isinstance(site, Adapted) and site.original is not None else bare(site)
-        if _owns(method) and is_tied(model, path, layer):
+        if _owns(method) and Sharing(model).tied(layer):
             raise ValueError(f"{path!r} shares its weight with another module; a trained copy would untie them. "
                              "Adapt it with an added term (LoRA) instead")  # fmt: skip
         try:
@@ -225,11 +226,21 @@ def _owns(method: type[Adapter]) -> bool:
     return method.__name__ == "ModuleCopy"
 
 
-def is_tied(model: nn.Module, path: str, layer: nn.Module) -> bool:
-    """Whether `layer`, which stands at `path`, shares a parameter with a module elsewhere."""
-    own, inside = {id(p) for p in layer.parameters()}, {id(m) for m in layer.modules()}
-    outside = (module for module in model.modules() if id(module) not in inside)
-    return any(id(p) in own for module in outside for p in module.parameters(recurse=False))
+class Sharing:
+    """What stands at more than one place of a model: looked up once, asked for many layers, while nothing changes."""
+
+    def __init__(self, model: nn.Module):
+        self.holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+        self.places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+
+    def tied(self, layer: nn.Module) -> bool:
+        """Whether a layer of the model shares a parameter with a module outside of it."""
+        inside = Counter(id(p) for module in layer.modules() for p in module.parameters(recurse=False))
+        return any(self.holders[p] > number for p, number in inside.items())
+
+    def repeated(self, layer: nn.Module) -> bool:
+        """Whether one and the same module stands at several places."""
+        return self.places[id(layer)] > 1
 
 
 def method_named(name: str) -> type[Adapter]:
@@ -340,10 +351,11 @@ def merge(model: nn.Module, *names: str) -> nn.Module:
             host.check_merge(names)
         except ValueError as error:
             raise ValueError(f"{names} cannot be merged at {path!r}: {error}") from None
+    sharing = Sharing(model)
     try:
         for path, host in there.items():
             if any(n in host.adapters for n in names):
-                if is_tied(model, path, host.layer):
+                if sharing.tied(host.layer):
                     raise ValueError(f"{path!r} shares its weight with another module; merging would untie them")
             try:
                 host.merge(tuple(names))

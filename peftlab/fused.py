@@ -56,7 +56,7 @@ def _dense_gradient(g: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 
 
 def fusible(f, x: Tensor) -> bool:
-    """Whether f is a plain frozen linear layer, dense or packed, called where nothing else wants a say (autocast, hooks).
+    """Whether f is a frozen linear layer, dense or packed, called where nothing else wants a say (autocast, hooks).
 
     A packed one is left to itself under torch.compile, and where it multiplies in another dtype than that of x.
     """

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attach import Targets, find_targets, is_tied
+from .attach import Sharing, Targets, find_targets
 from .core import Adapted
 from .layers import is_conv1d, is_linear, is_quantised, shape_of, weight_of
 from .nf4 import FLOATS, Packed, check_pack, not_finite, pack, unpack
@@ -241,9 +241,10 @@ def quantize(model: nn.Module, skip: Targets = (), also: Targets = (), *, block:
     """
     paths = paths_to_quantize(model, skip, also)
     paths = [path for path in paths if not isinstance(bare(at(model, path)), NF4Linear)] or paths
+    sharing = Sharing(model)
     for path in paths:
         try:
-            check_packable(model, path, block, kind, compute)
+            check_packable(model, path, block, kind, compute, sharing)
         except ValueError as error:
             raise ValueError(f"{path!r} cannot be quantised: {error}") from None
     if all(p.requires_grad for p in model.parameters()):
@@ -284,20 +285,22 @@ def paths_to_quantize(model: nn.Module, skip: Targets, also: Targets) -> list[st
     return paths
 
 
-def check_packable(model: nn.Module, path: str, block: int, kind: str, compute: torch.dtype | None) -> None:
+def check_packable(
+    model: nn.Module, path: str, block: int, kind: str, compute: torch.dtype | None, sharing: Sharing
+) -> None:
     """ValueError with the reason why the layer at `path` cannot be packed; nothing is changed."""
     layer = bare(at(model, path))
     check_linear(layer)
     W = weight_of(layer)
     if isinstance(owner := bare(at(model, path.rpartition(".")[0])), READERS):
         raise ValueError(f"it belongs to {type(owner).__name__}, which reads its weight instead of calling it; skip it")
-    if sum(module is layer for _, module in model.named_modules(remove_duplicate=False)) > 1:
+    if sharing.repeated(layer):
         raise ValueError("it stands at more than one place in the model; skip it")
     if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         raise ValueError("it has hooks or a forward of its own, which would be lost; remove them first, or skip it")
     if layer.weight.requires_grad and not all(p.requires_grad for p in model.parameters()):
         raise ValueError("it trains, and four bits cannot be trained; freeze it (requires_grad_(False)), or skip it")
-    if is_tied(model, path, layer):
+    if sharing.tied(layer):
         raise ValueError("it shares its weight with another module, which would keep the dense one; skip it")
     check_pack(W, block, kind)
     check_compute(compute, W.device)

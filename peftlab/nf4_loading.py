@@ -22,7 +22,7 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .attach import Targets
+from .attach import Sharing, Targets
 from .base import base_name, no_such_base, quiet
 from .layers import is_conv1d, is_linear, shape_of
 from .nf4 import Packed, pack
@@ -247,10 +247,10 @@ class Quantiser(HfQuantizer):
             self.paths = {path for path, module in model.named_modules() if is_linear(module)}
             return model
         self.paths = set(paths_to_quantize(model, o.skip, o.also))
-        tied = getattr(model, "all_tied_weights_keys", {})
+        tied, sharing = getattr(model, "all_tied_weights_keys", {}), Sharing(model)
         for path in sorted(self.paths):
             try:
-                check_packable(model, path, o.block, o.kind, o.compute)
+                check_packable(model, path, o.block, o.kind, o.compute, sharing)
                 if f"{path}.weight" in {*tied, *tied.values()}:
                     raise ValueError("it shares its weight with another module, which would keep the dense one")
             except ValueError as error:

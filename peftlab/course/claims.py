@@ -665,7 +665,7 @@ def sixteen_gigabytes() -> Finding:
     needs = {tokens: _need(SEVEN, targets=QV, r=8, tokens=tokens) for tokens in (512, 2048)}
     assert lora.fits(16) and needs[512].verdict("16GB", advise=False) and not needs[2048].verdict("16GB", advise=False)
     return Finding(
-        f"{_gib(lora)} with the base in 16 bits; {16 - lora.total / GIB:.1f} GiB are left for activations. A whole step "
+        f"{_gib(lora)} with the base in 16 bits; {16 - lora.total / GIB:.1f} GiB are left for activations. A step "
         f"with one text, predicted as in lesson 09, takes {_reserved(needs)}",
         "holds if the batch is small and the texts short",
     )
@@ -678,7 +678,7 @@ def qlora_65b() -> Finding:
     assert all(way.fits(48) for way in ways.values()) and need.verdict("48GB", advise=False)
     return Finding(
         "; ".join(f"{_gib(way)} at r = {r} on all linear layers" for r, way in ways.items())
-        + ", activations not counted. A whole step with one text, r = 64 and gradient checkpointing, predicted as in "
+        + ", activations not counted. A step with one text, r = 64 and gradient checkpointing, predicted as in "
         f"lesson 09, takes {_reserved({512: need})}",
         "holds if gradients are checkpointed and the texts are not too long",
     )

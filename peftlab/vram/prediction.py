@@ -239,7 +239,7 @@ def _cached(cache: Any) -> list[Tensor]:
     return [t for layer in getattr(cache, "layers", []) for t in (layer.keys, layer.values) if isinstance(t, Tensor)]
 
 
-# --------------------------------------------------------------------------------------------------- while it is running
+# -------------------------------------------------------------------------------------------------- while it is running
 
 
 def _mark(recorder: Recorder, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer, phase: str) -> None:
@@ -267,7 +267,7 @@ def _name_states(recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
     recorder.tag((t for state in optimizer.state.values() for t in state.values()), "optimizer")
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 def _check(asked: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:

@@ -165,7 +165,7 @@ def _packed(eight: bool, paged: bool) -> Callable[[list[nn.Parameter]], torch.op
     return lambda params: EightBit(params, eight, paged)
 
 
-# The names of `peftlab.train`, and the ways in which torch runs AdamW: fused in one kernel; foreach, over all tensors at
+# The names of `peftlab.train`, and the ways in which torch runs AdamW: fused, one kernel; foreach, over all tensors at
 # once with a temporary copy of them, which is torch's own default on a GPU; and one tensor after the other.
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "adamw": _adamw(fused=True),
