@@ -44,7 +44,7 @@ def config_of(source: Any, **changes) -> PreTrainedConfig:
     elif isinstance(source, Mapping):
         config = _from_entries(source)
     elif not isinstance(source, (str, os.PathLike)):
-        raise TypeError("a model is a torch.nn.Module, a transformers config or the name of one, not "
+        raise TypeError("peftlab takes a model (torch.nn.Module), a transformers config or the name of one, not "
                         f"{type(source).__name__}")  # fmt: skip
     elif (name := _built_in(str(source))) is not None:
         config = _from_entries(shapes()[name]["config"])

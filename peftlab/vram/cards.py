@@ -229,7 +229,7 @@ def verdict(memory: Memory, card: Any = None, *, context: float = CONTEXT, other
     found = Verdict(word, chosen, memory, reserved, usable, int(context), others, retries, notes=notes)
     if word == FITS or not advise or memory.again is None:
         return found
-    ways, least = Advice(memory, lambda m: judge(m, chosen, usable), usable, before_ampere(chosen)).given(word)
+    ways, least = Advice(memory, lambda m: judge(m, chosen, usable), usable, before_ampere(chosen)).given(word, reserved)
     return replace(found, ways=ways, least=least)
 
 
@@ -241,7 +241,7 @@ def usable_of(card: Card, context: float, others: float) -> tuple[int, int]:
     usable = card.memory - int(context) - taken
     if usable <= 0:
         raise ValueError(f"{card.name} has {size(card.memory)}, and context ({size(context)}) and others "
-                         f"({size(taken)}) leave nothing of it; both are given in bytes")  # fmt: skip
+                         f"({size(taken)}) leave nothing of it")  # fmt: skip
     return usable, taken
 
 
@@ -355,8 +355,8 @@ class Advice:
         self.too_heavy = memory.by_kind.get("weights", 0) > usable  # then nothing helps that leaves the weights alone
         self.seen: dict[str, Way | None] = {}
 
-    def given(self, word: str) -> tuple[tuple[Way, ...], Way | None]:
-        """(ways, the smallest need if there are none): single changes; if no cheap one is enough, several at once."""
+    def given(self, word: str, reserved: int) -> tuple[tuple[Way, ...], Way | None]:
+        """(ways out of this, the least need if there are none): single changes; if no cheap one is enough, several."""
         better = WORDS[: WORDS.index(word)]
         ways: list[Way] = []
         for ladder in self.kinds:
@@ -366,7 +366,7 @@ class Advice:
             together = self.together()
             if together and together.word in better and together not in ways and (together.word == FITS or not ways):
                 ways = [*ways[: WAYS - 1], together]
-        known = [way for way in self.seen.values() if way]
+        known = [way for way in self.seen.values() if way and way.reserved < reserved]
         return tuple(ways), min(known, key=lambda way: way.reserved) if known and not ways else None
 
     def look(self, changes: Changes) -> Way | None:
@@ -375,7 +375,7 @@ class Advice:
             try:
                 judged = self.judge(self.memory.again(**changes))  # type: ignore[misc]
                 self.seen[key] = Way(changes, in_words(changes), judged.reserved, judged.word)
-            except (ValueError, TypeError):  # no such modules, layers that are packed already, …
+            except (ValueError, TypeError, RuntimeError, AttributeError):  # no such modules, packed already, …
                 self.seen[key] = None
         return self.seen[key]
 

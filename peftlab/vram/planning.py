@@ -132,7 +132,8 @@ def _largest_sizes(room: _Room, model: Any, batch: int, tokens: int) -> Plan:
     most = largest(lambda n: at(n, tokens), 2**16, room.usable)
     long = largest(lambda n: at(batch, STEP * n), max(1, longest // STEP), room.usable)
     question = ", ".join(part for part in memory.title().split(", ") if not part.endswith(("tokens", "new")))
-    notes = () if limit is None or long.tokens < STEP * (longest // STEP) else (f"its context is {limit:,} tokens",)
+    ended = limit is not None and long.tokens >= STEP * (longest // STEP)
+    notes = (f"no longer than its context, {limit:,} tokens",) if ended else ()
     return Plan(room.card, room.usable, question, (most, long), first.model, most.batch if most.word == FITS else 0,
                 long.tokens if long.word == FITS else 0, notes)  # fmt: skip
 
@@ -176,9 +177,9 @@ def _largest_model(room: _Room, batch: int, tokens: int) -> Plan:
     notes += [f"without the models of {family}: {error}" for family, error in refused.items()]
 
     def fits(i: int) -> bool:
-        if sizes[names[i]] * room.least_bytes() > room.usable:
-            return False
         if names[i] not in rows:
+            if sizes[names[i]] * room.least_bytes() > room.usable:
+                return False
             rows[names[i]], _ = room.row(names[i], batch, tokens)
         return rows[names[i]].word == FITS
 

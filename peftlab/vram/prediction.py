@@ -10,6 +10,7 @@ several GPUs, and what other programs take.
 
 from __future__ import annotations
 
+import inspect
 import resource
 import sys
 import time
@@ -36,6 +37,7 @@ from .tape import Recorder, Unknown
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # fmt: skip
 QUANTIZE = ("nf4", "fp4", "int4", "int8")
+MOST = 10**9  # rows, tokens or micro-batches; more are a slip of the keyboard
 Optimizer = str | Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 # (model, batch, optimizer, mark): one step of a training loop of your own; mark("forward") and so on begin its phases
 Step = Callable[[nn.Module, dict[str, Tensor], torch.optim.Optimizer, Callable[[str], None]], None]
@@ -106,16 +108,19 @@ def predict(
         if new_tokens and (training or kind_of(made) != "causal"):
             why = "it trains; train=False runs it" if training else "it does not write one token after the other"
             raise ValueError(f"new_tokens={new_tokens} is no question to this {type(made).__name__}: {why}")
+        if there:
+            asked["dtype"] = next((str(p.dtype).removeprefix("torch.") for p in made.parameters()), None)
         asked |= {"model": _name(model), "method": _name(method), "optimizer": _name(optimizer), "train": training}
         made.train(training)
         if checkpointing and training:
             _checkpoint(made)
-        given = batch_of(made, batch, tokens, padding)
-        if inputs is not None:
-            given = {name: tensor.to("meta") for name, tensor in inputs.items()}
+        if inputs is None:
+            _fits_context(made, tokens + new_tokens)
+            given = batch_of(made, batch, tokens, padding)
+        else:
+            given = _given(inputs)
         if not training:
             given = without_labels(made, given)
-        _fits_context(made, batch, tokens + new_tokens)
         recorder = Recorder(made, like=device, answer=not padding, kernels=kernels(device))
         tape = recorder.tape
         base, added = _parameters(made)
@@ -187,8 +192,10 @@ def _changed(model: nn.Module, method: Method, targets: Any, hyper: dict, quanti
     before = {id(p) for p in model.parameters()}
     if isinstance(method, str) or (isinstance(method, type) and issubclass(method, Adapter)):
         attach(model, method, targets=targets, **hyper)
-    else:
+    elif callable(method):
         model = _by_function(method, model)
+    else:
+        raise TypeError(f"method={method!r}: give a name such as 'lora', a class of METHODS or a function of the model")
     if dtype != torch.float32:
         for p in model.parameters():
             if id(p) not in before and p.is_floating_point():
@@ -228,6 +235,13 @@ def _checkpoint(model: nn.Module) -> None:
     if not switches:
         raise ValueError(f"{type(model).__name__} has no {names[1]}(); switch it on in the model yourself")
     switches[0]()
+
+
+def _given(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The caller's batch, without its numbers."""
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs is a {type(inputs).__name__}; give a dictionary, argument of the model -> tensor")
+    return {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def _vocabulary(model: nn.Module) -> int | None:
@@ -271,12 +285,10 @@ def _name_states(recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _check(asked: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
-    for name in ("batch", "tokens", "micro_batches"):
+    for name, least in {"batch": 1, "tokens": 1, "micro_batches": 1, "new_tokens": 0}.items():
         value = asked[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a whole number, at least 1")
-    if isinstance(asked["new_tokens"], bool) or not isinstance(asked["new_tokens"], int) or asked["new_tokens"] < 0:
-        raise ValueError(f"new_tokens={asked['new_tokens']!r}: must be a whole number, at least 0")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+            raise ValueError(f"{name}={value!r}: must be a whole number, at least {least}, at most {MOST:,}")
     choices = {"dtype": DTYPES, "adapter_dtype": DTYPES, "attention": ATTENTION, "device": ("cuda", "cpu"),
                "quantize": (None, *QUANTIZE), "autocast": (None, "bf16", "fp16")}  # fmt: skip
     for name, known in choices.items():
@@ -287,7 +299,11 @@ def _check(asked: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
                          "parameters to an optimizer")  # fmt: skip
 
 
-def _fits_context(model: nn.Module, batch: int, tokens: int) -> None:
+def _fits_context(model: nn.Module, tokens: int) -> None:
+    takes = inspect.signature(model.forward).parameters
+    if "input_ids" not in takes and all(p.kind != p.VAR_KEYWORD for p in takes.values()):
+        raise ValueError(f"{type(model).__name__} takes {', '.join(takes)}, and no input_ids: give inputs=, a batch by "
+                         "the names of its arguments, and loss=, a function from its output to the loss")  # fmt: skip
     limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     learned = not any("rotary" in name.lower() for name, _ in model.named_modules())
     if limit and learned and tokens > limit:
@@ -312,8 +328,10 @@ def _in_words() -> Any:
         yield
     except Unknown as error:
         raise ValueError(f"{error}; measure it instead (pl.vram.measure), or predict with another method") from None
-    except NotImplementedError as error:
+    except (NotImplementedError, TypeError) as error:
         said = str(error).split("\n")[0]
+        if isinstance(error, TypeError) and "meta" not in said:
+            raise
         raise ValueError(f"an operation of this model cannot run without numbers ({said}); measure it instead "
                          "(pl.vram.measure)") from error  # fmt: skip
     except (RuntimeError, OverflowError) as error:

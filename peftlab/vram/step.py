@@ -48,6 +48,14 @@ def without_labels(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, T
     return rest
 
 
+def own_loss(out: Any) -> Tensor:
+    """The loss that a transformers model gives out with the labels it got."""
+    loss = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    if loss is None:
+        raise ValueError("the model gives out no loss; give loss=, a function from its output to the loss")
+    return loss
+
+
 class TrainingStep:
     """A batch through the model, back, and an optimizer step: phases "forward", "backward", "step".
 
@@ -60,7 +68,7 @@ class TrainingStep:
                  loss: Callable[[Any], Tensor] | None = None):  # fmt: skip
         self.model, self.batch, self.optimizer = model, dict(batch), optimizer
         self.autocast, self.micro_batches, self.clip = autocast or nullcontext(), micro_batches, clip
-        self.loss = loss or (lambda out: out["loss"])
+        self.loss = loss or own_loss
         self.trained = [p for p in model.parameters() if p.requires_grad]
         if kind_of(model) != "other":
             self.batch["use_cache"] = False  # keys and values for generation: dead weight in training
@@ -115,10 +123,14 @@ class Generation:
         """On meta tensors: to the last tokens at once, with a cache as long as it would be."""
         if not self.batch["input_ids"].is_meta:
             return step
+        missing = self.new_tokens - 1 - step
         for layer in self.cache.layers:
-            missing = self.new_tokens - 1 - step
+            length = layer.keys.shape[2] + missing
+            if hasattr(layer, "cumulative_length"):  # of a sliding window, which keeps the last tokens only
+                layer.cumulative_length += missing
+                length = min(length, layer.sliding_window - 1)
             layer.keys, layer.values = (
-                torch.cat([t, t.new_empty(*t.shape[:2], missing, t.shape[3])], 2) for t in (layer.keys, layer.values)
+                t.new_empty(*t.shape[:2], length, t.shape[3]) for t in (layer.keys, layer.values)
             )
         return self.new_tokens - 1
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ GRAIN = {"cuda": 512, "cpu": 1}  # bytes that each allocation is rounded up to: 
 # cuBLAS gets one workspace for each thread that multiplies matrices, and backward passes have a thread of their own:
 # two buffers of 4,096 KiB and eight of 16 KiB (CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8, torch's default before Hopper).
 CUBLAS = (2 * 4096 + 8 * 16) * 1024
+LIBRARIES = ("transformers", "peft")  # their questions are known: is a mask all ones?
 MATMULS = {
     getattr(aten, name)
     for name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "_addmm_activation", "mv", "addmv", "linear")
@@ -142,8 +144,8 @@ class Recorder(TorchDispatchMode):
 
     kernels: op -> function of (arguments, result) that returns (result, bytes of further memory the op takes while it
     runs), for operations whose kernel on the imitated device differs from the one that runs here.
-    answer: what a question about numbers that are not there is answered with, bool(tensor): transformers asks in this
-    way whether a mask is all ones. Raises ValueError for a number that a program wants to compute with (`Unknown`).
+    answer: what transformers is answered when it asks whether a mask is all ones, bool(tensor). Raises ValueError for
+    any other number that a program wants to see (`Unknown`).
     """
 
     def __init__(self, model: nn.Module, like: str = "cuda", answer: bool = True,
@@ -253,15 +255,27 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _answered(self, tensor: Tensor) -> bool:
-        if tensor.dtype != torch.bool:
-            where = f", in {self.stack[-1]!r}" if self.stack else ""
-            raise Unknown("the model computes with a number that it reads out of a tensor (.item(), int(tensor), …)"
-                          f"{where}, and there are no numbers here")  # fmt: skip
-        return self.answer
+        if tensor.dtype == torch.bool and _who_asks() in LIBRARIES:
+            return self.answer
+        does = "decides by" if tensor.dtype == torch.bool else "computes with"
+        where = f" in {self.stack[-1]!r}" if self.stack and self.stack[-1] else ""
+        raise Unknown(f"the model {does} a number that it reads out of a tensor{where} (.item(), int(tensor), "
+                      "if tensor: …), and there are no numbers here")  # fmt: skip
 
 
 class Unknown(ValueError):
     """A program on meta tensors asked for a number."""
+
+
+def _who_asks() -> str:
+    """The package whose code asks for a number: the first on the stack that is neither torch nor this room."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("torch.", "peftlab.vram.")):
+            return name.partition(".")[0]
+        frame = frame.f_back
+    return ""
 
 
 def _in_backward() -> bool:
