@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,22 @@ def ghost(model: nn.Module) -> nn.Module:
     The model itself is not copied and not changed, so that this takes no memory. Works with models of peft and with
     bitsandbytes' 4-bit layers.
     """
-    memo: dict[int, Any] = {}
-    for tensor in _tensors(model):
-        if id(tensor) not in memo:
-            memo[id(tensor)] = _ghost(tensor)
-    with _deepcopied_as(memo):
-        return copy.deepcopy(model, memo)
+    with _deepcopied_as(_ghost):
+        return copy.deepcopy(model, {id(tensor): _ghost(tensor) for tensor in _tensors(model)})
+
+
+def puppet(model: nn.Module) -> nn.Module:
+    """A copy of a model without numbers on the CPU that has some: each weight is a single nil, repeated.
+
+    For adapters that look at random numbers of the size of a weight when they are made. It takes no memory either.
+    """
+    with _deepcopied_as(_puppet):
+        return copy.deepcopy(model, {id(tensor): _puppet(tensor) for tensor in _tensors(model)})
+
+
+def _puppet(tensor: Tensor) -> Tensor:
+    new = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+    return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -33,7 +43,10 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _ghost(tensor: Tensor) -> Tensor:
+    repeated = any(stride == 0 for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
     new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    if repeated:  # a puppet's: it stands for a whole one
+        new = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     if (state := getattr(tensor, "quant_state", None)) is not None:
         return _packed(tensor, new, state)
     return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
@@ -58,16 +71,16 @@ def _state(state: Any) -> Any:
 
 
 @contextmanager
-def _deepcopied_as(memo: dict[int, Any]) -> Iterator[None]:
-    """Tensors that are neither parameters nor buffers (a cached mask, say) become ghosts too when they are copied."""
+def _deepcopied_as(other: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Tensors that are neither parameters nor buffers (a cached mask, say) become others too when they are copied."""
     plain = Tensor.__deepcopy__
 
-    def ghostly(self: Tensor, seen: dict[int, Any]) -> Tensor:
+    def changed(self: Tensor, seen: dict[int, Any]) -> Tensor:
         if id(self) not in seen:
-            seen[id(self)] = _ghost(self.detach())
+            seen[id(self)] = other(self.detach())
         return seen[id(self)]
 
-    Tensor.__deepcopy__ = ghostly
+    Tensor.__deepcopy__ = changed
     try:
         yield
     finally:

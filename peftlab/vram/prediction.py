@@ -10,6 +10,7 @@ several GPUs, and what other programs take.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import resource
 import sys
@@ -28,7 +29,7 @@ from ..core import Adapter
 from ..nf4_layer import quantize as quantize_model
 from ..rows import kind_of
 from .allocator import CachingAllocator
-from .ghost import build, ghost
+from .ghost import build, ghost, puppet
 from .kernels import ATTENTION, kernels, like, replaced
 from .memory import Memory, from_tape, size
 from .step import OPTIMIZERS, Generation, TrainingStep, batch_of, without_labels
@@ -189,29 +190,31 @@ def _changed(model: nn.Module, method: Method, targets: Any, hyper: dict, quanti
         quantize_model(model, kind=quantize)
     if method is None:
         return model
-    before = {id(p) for p in model.parameters()}
     if isinstance(method, str) or (isinstance(method, type) and issubclass(method, Adapter)):
         attach(model, method, targets=targets, **hyper)
     elif callable(method):
         model = _by_function(method, model)
     else:
         raise TypeError(f"method={method!r}: give a name such as 'lora', a class of METHODS or a function of the model")
-    if dtype != torch.float32:
-        for p in model.parameters():
-            if id(p) not in before and p.is_floating_point():
-                p.data = p.data.to(dtype)
+    for p in _parameters(model)[1] if dtype != torch.float32 else ():
+        p.data = p.data.to(dtype)
     return model
 
 
 def _by_function(method: Callable[[nn.Module], Any], model: nn.Module) -> nn.Module:
-    """What the caller's function makes of the model. Some start from random numbers that they need to see: those are
-    made on the CPU then, and only their shapes are kept."""
-    try:
-        with torch.device("meta"):
-            made = method(model)
-    except NotImplementedError:
-        made = method(model)
-    made = made if isinstance(made, nn.Module) else model
+    """What the caller's function makes of the model. An adapter that looks at random numbers when it is made gets some on
+    the CPU, and if they are as many as the weights, weights that are all nil; of it, too, only the shapes are kept."""
+    ways = ((copy.deepcopy, "meta"), (copy.deepcopy, "cpu"), (puppet, "cpu"))
+    for last, (prepared, device) in enumerate(ways, 1 - len(ways)):
+        try:
+            start = prepared(model)
+            with torch.device(device):
+                made = method(start)
+            break
+        except (NotImplementedError, RuntimeError) as error:  # what torch says of numbers that are not there
+            if not last or "copy out of meta" in str(error):  # it reads the weights themselves
+                raise
+    made = made if isinstance(made, nn.Module) else start
     return ghost(made) if any(not t.is_meta for t in (*made.parameters(), *made.buffers())) else made
 
 

@@ -156,6 +156,7 @@ class Recorder(TorchDispatchMode):
         self.devices = {"meta", like}  # what lies on the CPU anyway (a state of its random numbers) counts there
         self.grain, self.workspaces = GRAIN[like], {True: CUBLAS, False: CUBLAS} if like == "cuda" else {}
         self.paths = {id(module): path for path, module in model.named_modules()}
+        self.any: Any = None  # the result of the last operation, if that was any()
         self.stack: list[str] = []
         self.live: dict[int, int] = {}  # address of a storage -> number of its block
         self.born_in: tuple[list[int], list[str]] = [], []  # numbers of autograd nodes, the module from there on
@@ -246,6 +247,7 @@ class Recorder(TorchDispatchMode):
         if (sum_in_place := _accumulates(func, args, self.held)) is not None:
             return sum_in_place
         out, more = func(*args, **kwargs), 0
+        self.any = out if func.overloadpacket is aten.any else None
         if func in self.kernels:
             out, more = self.kernels[func](args, kwargs, out)
         for tensor in tree_leaves(out):
@@ -256,7 +258,7 @@ class Recorder(TorchDispatchMode):
 
     def _answered(self, tensor: Tensor) -> bool:
         if tensor.dtype == torch.bool and _who_asks() in LIBRARIES:
-            return self.answer
+            return self.answer and tensor is not self.any  # "is any of them wrong?" None is
         does = "decides by" if tensor.dtype == torch.bool else "computes with"
         where = f" in {self.stack[-1]!r}" if self.stack and self.stack[-1] else ""
         raise Unknown(f"the model {does} a number that it reads out of a tensor{where} (.item(), int(tensor), "
