@@ -329,6 +329,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         result["rows"] = [other for other in result["rows"] if other["name"] != case.name] + [row]
         atomic_write(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
         print(f"{i}/{len(todo)}  " + "  ".join(line(row)), flush=True)
+    used = sorted({row["run"] for row in result["rows"]})  # a run of which no row is left says nothing
+    result["runs"] = [result["runs"][n] for n in used]
+    result["rows"] = [{**row, "run": used.index(row["run"])} for row in result["rows"]]
+    atomic_write(file, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print("\n" + lab.markdown(HEAD, [line(row) for row in result["rows"]]) + "\n\n" + summary(result["rows"]))
     print(f"\nwritten to {file}")
     return result

@@ -50,10 +50,11 @@ UNBUILT = {
     "frod": "decomposes the weights when it is made",
 }
 
-# Our method on the same layers with the same sizes, for each run whose method is here.
+# Our method on the same layers with the same sizes, for each run whose method is here. Of LLaMA-Adapter's parameters
+# peft makes none float32.
 QV, ALL = "q_proj|v_proj", "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 OURS: dict[str, tuple[str, str | None, dict]] = {
-    "adaptionprompt/llama-3.2-3B-lr_0.0005": ("LlamaAdapter", None, dict(k=100, layers=28)),
+    "adaptionprompt/llama-3.2-3B-lr_0.0005": ("LlamaAdapter", None, dict(k=100, layers=28, adapter_dtype="bfloat16")),
     "full-finetuning/llama-3.2-3B-lr_0.00001": ("full", None, {}),
     "ia3/llama-3.2-3B-all-attn-5k-lr0.005": ("IA3", ALL, dict(feedforward="down_proj|gate_proj|up_proj")),
     "ia3/llama-3.2-3B-default": ("IA3", "k_proj|v_proj|down_proj", dict(feedforward="down_proj")),

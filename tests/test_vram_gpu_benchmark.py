@@ -46,10 +46,12 @@ def test_a_small_run_is_written_and_not_repeated(tiny, tmp_path, capsys, monkeyp
     asked = []
     monkeypatch.setattr(bench, "compared", lambda case, device, here: asked.append(case) or dict(rows[case.name]))
     again = bench.main(arguments)
-    assert asked == tiny[2:] and len(again["rows"]) == 3 and len(again["runs"]) == 2  # what was skipped is asked anew
+    assert asked == tiny[2:] and [row["run"] for row in again["rows"]] == [0, 0, 1]  # what was skipped is asked anew
+    assert len(again["runs"]) == 2
     bench.main([*arguments, "--again"])
     assert asked == [*tiny[2:], *tiny]
-    assert [row["run"] for row in json.loads(file.read_text())["rows"]] == [2, 2, 2]
+    last = json.loads(file.read_text())
+    assert [row["run"] for row in last["rows"]] == [0, 0, 0] and len(last["runs"]) == 1  # that of the last run alone
 
 
 def test_a_case_in_a_process_of_its_own():
@@ -135,12 +137,12 @@ def test_words_of_command(capsys):
 
 
 def test_the_record_keeps_the_promise():
-    """On a CPU, prediction and measurement agree within 0.1 per cent, kind by kind."""
+    """On a CPU, prediction and measurement agree within 0.01 per cent, and kind by kind within 0.1 of the whole."""
     found = json.loads((ROOT / "data" / "measurements" / "cpu.json").read_text())
     rows = found["rows"]
     assert {row["name"] for row in rows} >= {case.name for case in bench.grid_on_cpu() if case.method != "DoRA"}
     for row in rows:
-        assert row["outcome"] == "measured" and abs(row["error_allocated"]) < 0.1, row["name"]
+        assert row["outcome"] == "measured" and abs(row["error_allocated"]) < 0.01, row["name"]
         total, (said, real) = row["measured"]["allocated"], (row[s]["by_kind"] for s in ("predicted", "measured"))
         assert sum(real.values()) == total
         for kind in {*said, *real}:

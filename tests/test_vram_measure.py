@@ -214,6 +214,22 @@ def test_what_an_earlier_step_left_counts(loop):
     assert found.phases["forward"] - clean.phases["forward"] == pytest.approx(logits, rel=0.01)
 
 
+def test_what_earlier_steps_hoard_counts():
+    model, hoard = nn.Linear(10, 10, bias=False), []
+    found = measure(lambda: hoard.append(torch.empty(1000)), model=model, warmup=3)
+    assert found.allocated == 400 + 4 * 4000 and found.by_kind["weights"] == 400
+
+
+def test_garbage_of_the_warming_up_does_not():
+    model = nn.Linear(10, 10, bias=False)
+
+    def step():
+        ring = [torch.empty(1000)]
+        ring.append(ring)
+
+    assert measure(step, model=model, warmup=3).allocated == 400 + 4000
+
+
 def test_gradients_that_were_there_are_seen_to_go(loop):
     """The CPU's profiler does not tell of the end of memory from before it was on."""
     model, optimizer, _ = loop
@@ -362,10 +378,10 @@ def test_moments_stand_after_so_many_births_and_deaths():
 
 def test_labels_of_a_profile_go_to_the_births_in_order():
     mm, mul = Birth(0, 8, 8, "aten.mm", "a"), Birth(0, 8, 8, "aten.mul", "b", 0)
-    profile = [Moment("", {}), mm, Death(0), mul, Returned(0)]
+    profile = [Moment("", {}), mul, Death(0), Returned(0), mm, Returned(1)]
     real = [Birth(512, 512, 8), Birth(1024, 512, 8), Death(512, 512)]
-    assert labelled(real, profile) == [Birth(512, 512, 8, "aten.mm", "a"), Birth(1024, 512, 8, "aten.mul", "b", 0),
-                                       Death(512, 512), Returned(0)]  # fmt: skip
+    assert labelled(real, profile) == [Birth(512, 512, 8, "aten.mul", "b", 0), Returned(0),
+                                       Birth(1024, 512, 8, "aten.mm", "a"), Death(512, 512), Returned(1)]  # fmt: skip
     assert labelled(real, profile[:2]) == real
 
 
@@ -449,8 +465,7 @@ class Gpu(CachingAllocator):
                 asked = self.sizes.get(numbers.get(piece.address), 0)
                 blocks.append({"address": piece.address, "size": piece.size, "requested_size": asked, "state": state})
                 piece = piece.after
-            kind = "small" if first.small else "large"
-            segments.append({"device": 0, "address": first.address, "segment_type": kind, "blocks": blocks})
+            segments.append({"device": 0, "address": first.address, "blocks": blocks})
         return {"segments": segments, "device_traces": [list(self.trace)]}
 
     def stats(self, device):
@@ -506,7 +521,8 @@ def test_a_predicted_program_on_the_gpu_that_is_not_there():
 def gpu(monkeypatch):
     gpu = Gpu()
     fakes = {
-        "is_available": lambda: True, "current_device": lambda: 0, "get_device_name": lambda device: "Fake 24",
+        "is_available": lambda: True, "init": lambda: None,
+        "current_device": lambda: 0, "get_device_name": lambda device: "Fake 24",
         "synchronize": lambda device: None, "reset_peak_memory_stats": gpu.reset,
         "memory_stats_as_nested_dict": gpu.stats, "max_memory_allocated": lambda device: gpu.peak[0],
         "max_memory_reserved": lambda device: gpu.peak[1],

@@ -16,7 +16,8 @@ from .tape import CUBLAS, Tape
 
 # What a process has on the card beside torch's allocator: the driver's own, and kernels of torch and cuBLAS, which are
 # loaded when first used. An out-of-memory message tells it: "this process has … in use", less what torch has allocated
-# and reserved. In ten public ones, of seven kinds of card, that is 0.1 to 0.6 GiB; NCCL, DeepSpeed or JAX take more.
+# and reserved: 0.1 to 0.6 GiB in eleven of twelve public ones, of seven kinds of card; the twelfth, with more libraries
+# in the process, has 2.1.
 CONTEXT = GIB // 2
 # The part of what is usable that should stay free: for workspaces of kernels that no tape shows, and for gaps that open
 # up over many steps with rows of unequal length.
@@ -229,7 +230,8 @@ def verdict(memory: Memory, card: Any = None, *, context: float = CONTEXT, other
     found = Verdict(word, chosen, memory, reserved, usable, int(context), others, retries, notes=notes)
     if word == FITS or not advise or memory.again is None:
         return found
-    ways, least = Advice(memory, lambda m: judge(m, chosen, usable), usable, before_ampere(chosen)).given(word, reserved)
+    advice = Advice(memory, lambda m: judge(m, chosen, usable), usable, before_ampere(chosen))
+    ways, least = advice.given(word, reserved)
     return replace(found, ways=ways, least=least)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .allocator import MIN_BLOCK, SMALL_SEGMENT, CachingAllocator, Piece
+from .allocator import MIN_BLOCK, CachingAllocator, Piece
 from .tape import Block, Tape
 
 
@@ -174,11 +174,11 @@ class _Heap(CachingAllocator):
         self._take(piece)
         return piece
 
-    def segment(self, address: int, parts: Iterable[tuple[int, bool]], small: bool) -> None:
+    def segment(self, address: int, parts: Iterable[tuple[int, bool]]) -> None:
         """A new segment with its parts: (bytes, whether free)."""
         before: Piece | None = None
         for size, free in parts:
-            piece = Piece(address, size, small, free, before)
+            piece = Piece(address, size, False, free, before)  # told where, it needs no pools of small and large ones
             if before is not None:
                 before.after = piece
             self.pieces[address] = before = piece
@@ -198,13 +198,6 @@ class _Heap(CachingAllocator):
         self.malloc(address, asked)
         return self.used[address].size
 
-    def drop(self, address: int) -> None:
-        """A segment goes back to the driver."""
-        piece = self.pieces.get(address)
-        if piece is not None and piece.free:
-            self._take(piece)
-            del self.pieces[address]
-
 
 def history_of_snapshot(before: Mapping[str, Any], trace: Iterable[Mapping[str, Any]],
                         device: int) -> tuple[dict[int, int], list[Entry]]:  # fmt: skip
@@ -220,8 +213,7 @@ def history_of_snapshot(before: Mapping[str, Any], trace: Iterable[Mapping[str, 
     heap = _Heap(expandable=any(s.get("is_expandable") for s in segments))
     now: dict[int, int] = {}
     for s in segments:
-        parts = [(b["size"], b["state"] == "inactive") for b in s["blocks"]]
-        heap.segment(s["address"], parts, s["segment_type"] == "small")
+        heap.segment(s["address"], [(b["size"], b["state"] == "inactive") for b in s["blocks"]])
         now |= {b["address"]: b["size"] for b in s["blocks"] if b["state"] == "active_allocated"}
     alive, history = dict(now), list[Entry]()
     for entry in trace:
@@ -234,11 +226,9 @@ def history_of_snapshot(before: Mapping[str, Any], trace: Iterable[Mapping[str, 
         elif action == "free_completed" and address in heap.used:
             heap.free(address)
         elif action == "segment_alloc":
-            heap.segment(address, [(size, True)], size == SMALL_SEGMENT)
+            heap.segment(address, [(size, True)])
         elif action == "segment_map":
             heap.expandable = True
-        elif action == "segment_free":
-            heap.drop(address)
     return alive, history
 
 

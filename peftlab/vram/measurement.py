@@ -122,7 +122,7 @@ class Measurement:
         self.model, self.optimizer, self.device, self.step = model, optimizer, device, step
         self.asked, self.recorder = dict(asked or {}), _recorder(device)
         self.logits: set[int] = set()  # bytes that logits can have
-        self.told = step is not None  # phases are told by the step, so none are looked for
+        self.told = False  # whether the step tells its phases, so that none are looked for
         self.marked = False
         self.started = 0.0
         self._memory: Memory | None = None
@@ -384,6 +384,7 @@ class _Traced(_Counted):
         if getattr(torch._C, "_cuda_isHistoryEnabled", lambda: False)():
             raise RuntimeError("torch's memory history is on, and measuring on a GPU needs its own; end it first with "
                                "torch.cuda.memory._record_memory_history(None)")  # fmt: skip
+        torch.cuda.init()  # before that, torch has no counters
 
     def begin(self, moment: Moment) -> None:
         self.profile = None if torch.autograd._profiler_enabled() else _profiler()

@@ -202,9 +202,9 @@ def _changed(model: nn.Module, method: Method, targets: Any, hyper: dict, quanti
 
 
 def _by_function(method: Callable[[nn.Module], Any], model: nn.Module) -> nn.Module:
-    """What the caller's function makes of the model. An adapter that looks at random numbers when it is made gets some on
-    the CPU, and if they are as many as the weights, weights that are all nil; of it, too, only the shapes are kept."""
-    ways = ((copy.deepcopy, "meta"), (copy.deepcopy, "cpu"), (puppet, "cpu"))
+    """What the caller's function makes of the model. An adapter that looks at random numbers when it is made gets some
+    on the CPU, and if they are as many as the weights, weights that are all nil; of it, too, only shapes are kept."""
+    ways: tuple[tuple[Callable, str], ...] = ((copy.deepcopy, "meta"), (copy.deepcopy, "cpu"), (puppet, "cpu"))
     for last, (prepared, device) in enumerate(ways, 1 - len(ways)):
         try:
             start = prepared(model)

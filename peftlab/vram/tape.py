@@ -2,7 +2,7 @@
 
 The program runs for real, on tensors that have a shape and no content (torch's meta device), so nothing is computed and
 nothing is stored. What a run tells is when each tensor's storage appears and when its last reference is gone; that is
-all an allocator ever sees. `measure.py` writes the same tape from a real run.
+all an allocator ever sees. `measurement.py` writes the same tape from a real run.
 """
 
 from __future__ import annotations
