@@ -239,8 +239,7 @@ def per_cent(said: int, found: int) -> float:
 
 
 def counted(memory: Memory, card: Card) -> int:
-    """The predicted peak as torch's counter on a card has it: each block with the rest that the allocator does not cut
-    off, and cuBLAS's workspaces as large as they are there."""
+    """The predicted peak with cuBLAS's workspaces as large as they are on a card."""
     hopper = card.capability is not None and card.capability >= HOPPER
     blocks = [replace(b, size=CUBLAS_HOPPER) if hopper and b.op == "cuBLAS" else b for b in memory.tape.blocks]
     return CachingAllocator().replay(replace(memory.tape, blocks=blocks)).peak_allocated

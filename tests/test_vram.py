@@ -123,7 +123,7 @@ def test_the_life_of_a_block_tells_what_it_is_for():
     for name in ("again", "again, used up", "gradient of the words", "gradient"):
         born(name, call=0 if "again" in name else -1, shape=(2, 96) if "words" in name else ())
     tape.free(blocks["again, used up"])
-    tape.calls[0] = len(tape.events) - 1
+    tape.calls[0] = len(tape.events)
     for name in ("kept", "words", "again", "gradient of the words"):
         tape.free(blocks[name])
     tape.name_the_rest(vocabulary=96)

@@ -87,7 +87,7 @@ def test_on_a_gpu_hopeless_cases_are_skipped_and_verdicts_compared(gpu, tmp_path
     monkeypatch.setattr(bench, "FOLDER", tmp_path)
     said = bench.predicted(fits, "cuda")
     counted = bench.counted(said, bench.Card("old", 4 * GIB, (8, 0)))
-    assert said.allocated < counted < 1.05 * said.allocated
+    assert said.allocated == counted and 0 < said.by_kind["remainders"] < 0.05 * counted  # of pieces not cut off
     hopper = bench.counted(said, bench.Card("new", 4 * GIB, (9, 0)))
     threads = sum(block.op == "cuBLAS" for block in said.tape.blocks)
     assert hopper > counted and (hopper - counted) / threads < bench.CUBLAS_HOPPER

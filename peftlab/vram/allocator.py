@@ -49,6 +49,7 @@ class CachingAllocator:
         self.pieces: dict[int, Piece] = {}  # address -> piece
         self.ends: dict[bool, Piece | None] = {True: None, False: None}  # expandable: the last piece of each pool
         self.used: dict[int, Piece] = {}
+        self.levels: list[int] = []  # bytes allocated after each event of a tape
         self.reserved = self.allocated = self.peak_reserved = self.peak_allocated = self.retries = 0
         self._next = 0
 
@@ -62,6 +63,7 @@ class CachingAllocator:
                 self.malloc(number, tape.blocks[number].size)
             else:
                 self.free(~number)
+            self.levels.append(self.allocated)
         return self
 
     def malloc(self, number: int, size: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -140,18 +140,27 @@ def describe(asked: Mapping[str, Any]) -> str:
     return ", ".join(said)
 
 
-def from_tape(source: str, tape: Tape, reserved: int, asked: Mapping[str, Any], **more: Any) -> Memory:
-    """The `Memory` that a tape tells of; its blocks must have kinds."""
-    levels = tape.allocated()
+def from_tape(
+    source: str, tape: Tape, reserved: int, asked: Mapping[str, Any], levels: Sequence[int] | None = None, **more: Any
+) -> Memory:
+    """The `Memory` that a tape tells of; its blocks must have kinds.
+
+    levels: bytes that the allocator counts as allocated after each event, where that is more than the blocks' sizes:
+    what is left of a piece of memory and too small to be cut off counts with its block, as "remainders".
+    """
+    levels = tape.allocated() if levels is None else levels
     event = max(range(len(levels)), key=levels.__getitem__, default=0)
     phases: dict[str, int] = {}
     for phase, events in tape.phases():
-        phases[phase] = max(phases.get(phase, 0), max((levels[i] for i in events), default=0))
+        before = levels[events.start - 1] if events.start else 0
+        phases[phase] = max(phases.get(phase, 0), before, max((levels[i] for i in events), default=0))
     block = tape.blocks[n if (n := tape.events[event]) >= 0 else ~n] if levels else None
     phase = next((name for name, events in tape.phases() if event in events), "")
     peak = Peak(phase, block.module if block else "", block.op if block else "", event)
-    allocated = levels[event] if levels else 0
-    return Memory(source, asked, allocated, reserved, tape.by_kind(event), phases, peak, tape=tape, **more)
+    allocated, kinds = levels[event] if levels else 0, tape.by_kind(event)
+    if remainders := allocated - sum(kinds.values()):
+        kinds["remainders"] = remainders
+    return Memory(source, asked, allocated, reserved, kinds, phases, peak, tape=tape, **more)
 
 
 __all__ = ["GIB", "KINDS", "MIB", "Memory", "Peak", "describe", "from_tape", "size"]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = dict(zip(KINDS, (style.GREY, style.BLACK, style.RED, style.PINK, style.GREEN, style.BLUE, style.SKY,
-                           style.ORANGE, style.YELLOW), strict=True))  # fmt: skip
+                           style.ORANGE, style.YELLOW, "#DDDDDD"), strict=True))  # fmt: skip
 POINTS = 1500  # of a curve: more than a figure has pixels
 
 

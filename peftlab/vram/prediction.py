@@ -148,10 +148,13 @@ def predict(
                 recorder.tag(_cached(run.cache), "cache")
         recorder.live.clear()
     tape.name_the_rest(_vocabulary(made))
-    reserved = CachingAllocator(expandable=expandable).replay(tape).peak_reserved if device == "cuda" else 0
+    played = CachingAllocator(expandable=expandable)
+    if device == "cuda":
+        played.replay(tape)
     notes = tuple(_notes(made, tokens + new_tokens, optim if training else None))
-    return from_tape("predicted", tape, reserved, asked, notes=notes, seconds=time.perf_counter() - start,
-                     host=max(0, _resident() - before), again=partial(_again, call))  # fmt: skip
+    return from_tape("predicted", tape, played.peak_reserved, asked, played.levels or None, notes=notes,
+                     seconds=time.perf_counter() - start, host=max(0, _resident() - before),
+                     again=partial(_again, call))  # fmt: skip
 
 
 def _again(call: Mapping[str, Any], **changes: Any) -> Memory:

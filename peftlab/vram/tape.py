@@ -29,7 +29,8 @@ from torch.utils._pytree import tree_leaves
 aten = torch.ops.aten
 
 # What memory is used for. A block that nobody named is told by its life: see `Tape.name_the_rest`.
-KINDS = ("weights", "adapter", "optimizer", "gradients", "cache", "activations", "logits", "temporaries", "workspace")
+KINDS = ("weights", "adapter", "optimizer", "gradients", "cache", "activations", "logits", "temporaries", "workspace",
+         "remainders")  # fmt: skip
 GRAIN = {"cuda": 512, "cpu": 1}  # bytes that each allocation is rounded up to: CUDACachingAllocator's kMinBlockSize
 # cuBLAS gets one workspace for each thread that multiplies matrices, and backward passes have a thread of their own:
 # two buffers of 4,096 KiB and eight of 16 KiB (CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8, torch's default before Hopper).
@@ -71,7 +72,7 @@ class Tape:
     events: list[int] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     emptied: list[int] = field(default_factory=list)  # events before which torch.cuda.empty_cache() was called
-    calls: list[int] = field(default_factory=list)  # the event with which each module call of a backward pass ended
+    calls: list[int] = field(default_factory=list)  # the first event after each module call of a backward pass
 
     def alloc(self, block: Block) -> int:
         """Number of the new block."""
@@ -130,7 +131,7 @@ class Tape:
             if block.kind:
                 continue
             died = math.inf if block.died is None else block.died
-            kept = died > last[block.born] if block.born in last else block.call >= 0 and died > self.calls[block.call]
+            kept = died > last[block.born] if block.born in last else block.call >= 0 and died >= self.calls[block.call]
             if vocabulary and block.shape and block.shape[-1] == vocabulary:
                 block.kind = "logits"
             elif block.phase in ("prompt", "tokens"):  # nothing is kept for a backward pass: all that is at work
