@@ -56,7 +56,8 @@ def _dense_gradient(g: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 
 
 def fusible(f, x: Tensor) -> bool:
-    """Whether f is a frozen linear layer, dense or packed, called where nothing else wants a say (autocast, hooks).
+    """Whether f is a frozen linear layer, dense or packed, where nothing else wants a say: autocast, hooks, a forward
+    of its own, as accelerate gives it.
 
     A packed one is left to itself under torch.compile, and where it multiplies in another dtype than that of x.
     """
@@ -64,7 +65,7 @@ def fusible(f, x: Tensor) -> bool:
     packed = is_packed(f) and f.compute in (None, x.dtype) and not torch.compiler.is_compiling()
     return (
         (dense or (packed and x.is_floating_point()))
-        and not (f._forward_hooks or f._forward_pre_hooks)
+        and not (f._forward_hooks or f._forward_pre_hooks or "forward" in vars(f))
         and torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
     )

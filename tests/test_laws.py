@@ -342,6 +342,44 @@ def test_the_fused_path_is_the_equation():
             torch.testing.assert_close(fast, plain, **close)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_with_a_forward_of_its_own_is_not_fused(packed):
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    layer = pl.NF4Linear(layer) if packed else layer
+    lora, x = pl.LoRA(layer, r=2), torch.randn(3, 64, requires_grad=True)
+    assert "LowRankLinear" in type(lora(layer, x).grad_fn).__name__
+    layer.forward = lambda x: 7 * x  # what accelerate's hooks do, to move weights about
+    torch.testing.assert_close(lora(layer, x), 7 * x)  # B is nil
+
+
+def test_the_fused_path_on_a_packed_layer_is_the_equation_and_keeps_less():
+    """The same for weights in four bits, with a float32 adapter on 16-bit inputs: x is kept as it came, and once."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = pl.NF4Linear(nn.Linear(128, 64).to(dtype))
+        lora = pl.LoRA(layer, r=3, alpha=5)
+        shake(lora, 0.5)
+        x = torch.randn(2, 7, 128, dtype=dtype, requires_grad=True)
+        results, kept, stored = [], [], {t.data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+        for fused in (True, False):
+            sizes = {}
+
+            def note(tensor, sizes=sizes, stored=stored):
+                if tensor.data_ptr() not in stored:
+                    sizes[tensor.data_ptr()] = tensor.nbytes
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                y = lora(layer, x) if fused else layer(x) + lora.change(x)
+            kept.append(sum(sizes.values()))
+            weight = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)
+            results.append((y, *torch.autograd.grad((y * weight).sum(), [x, lora.lora_A, lora.lora_B])))
+        close = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.05, atol=0.1)
+        for fast, plain in zip(*results, strict=True):
+            torch.testing.assert_close(fast, plain, **close)
+        assert kept[0] <= kept[1] - (x.nbytes if dtype == torch.bfloat16 else 0)
+
+
 def test_the_fused_path_keeps_no_more_than_the_plain_one():
     layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
     lora, x = pl.LoRA(layer, r=2), torch.randn(128, 64, requires_grad=True)

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import peftlab as pl
 from peftlab import nf4_fast, nf4_layer
 from peftlab.vram import Memory, predict
+from peftlab.vram.allocator import CachingAllocator
 from peftlab.vram.ghost import ghost
-from peftlab.vram.step import OPTIMIZERS
+from peftlab.vram.step import OPTIMIZERS, TrainingStep, batch_of
 from peftlab.vram.tape import CUBLAS, KINDS, Block, Recorder, Tape
 
 aten = torch.ops.aten
@@ -97,6 +98,14 @@ def test_phases_follow_each_other(memories, name, phases):
     assert memory.allocated == max(levels) == levels[memory.peak.event] == sum(memory.by_kind.values())
     assert memory.allocated == max(memory.phases.values()) == memory.phases[memory.peak.phase]
     assert memory.reserved >= memory.allocated
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+def test_training_fills_no_cache(family):
+    """Keys and values for generation would be kept beside those for the backward pass. A classifier knows no such."""
+    model = build(family)
+    step = TrainingStep(model, batch_of(model, 1, 8), OPTIMIZERS["sgd"](model.parameters()))
+    assert step.batch.get("use_cache", "not asked") == {"bert": "not asked"}.get(family, False)
 
 
 def test_what_stays_and_what_goes(memories):
@@ -450,6 +459,16 @@ def test_optimizers_by_hand(optimizer, state):
     assert [note for note in found.notes if "paged" in note] == (
         [f"{bytes_paged / 2**20:.1f} MiB of optimizer states are paged: in CPU memory, and on the card only while they "
          "are used"] if bytes_paged else [])  # fmt: skip
+
+
+def test_what_the_allocator_does_not_cut_off_counts():
+    """11 MiB get a piece of 12, of which 1 MiB is not worth cutting off; torch.cuda.memory_allocated() has it too."""
+    model = nn.Linear(2**10, 11 * 2**8, bias=False)
+    found = predict(model, train=False, inputs={"input": torch.zeros(1, 2**10)})
+    assert (found.by_kind["weights"], found.by_kind["remainders"]) == (11 * 2**20, 2**20)
+    assert found.allocated == sum(found.by_kind.values()) == CachingAllocator().replay(found.tape).peak_allocated
+    on_cpu = found.again(device="cpu")
+    assert "remainders" not in on_cpu.by_kind and on_cpu.reserved == 0
 
 
 def test_foreach_needs_one_copy_of_the_parameters_more_than_fused():

@@ -1,4 +1,4 @@
-"""Predicted memory against what the benchmark of the peft library published: benchmarks/vram_published.py, and its record.
+"""Predicted memory against what the benchmark of the peft library published: benchmarks/vram_published.py, its record.
 
 The figures in tests/published are those of method_comparison/MetaMathQA in github.com/huggingface/peft (Apache-2.0): in
 peft_memory.csv accelerator_memory_max and the means of 33 runs, in GiB; in peft_memory.json their configurations.
@@ -54,7 +54,7 @@ def test_the_record_is_what_is_computed(errors):
 
 @pytest.mark.parametrize("run", [run for run in bench.OURS if run != "full-finetuning/llama-3.2-3B-lr_0.00001"])
 def test_ours_need_no_more_than_theirs(run):
-    """Our methods in place of peft's, on the same layers: never more memory at the peak, and for LoRA clearly less, since
+    """Our methods in place of peft's, on the same layers: never more memory at the peak, and for LoRA clearly less, as
     its input is kept in bfloat16 once instead of once more in float32."""
     tokens = RECORD["plain"]["tokens"]
     theirs, ours = bench.predicted(run, tokens), bench.predicted(run, tokens, ours=True)

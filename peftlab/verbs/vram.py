@@ -97,11 +97,12 @@ def run(args: argparse.Namespace) -> None:
     if args.model is None:
         raise ValueError("no model: --model NAME, or --plan --card CARD for the largest that fits, or --list")
     from ..vram import card_named, predict
+    from ..vram.memory import size
 
     chosen = [card_named(name) for name in cards]  # a wrong name is said before the work
     memory = predict(args.model, **options)
     if not args.json:
-        print(memory, f"  found in {memory.seconds:.1f} s with {memory.host / GIB:.2f} GiB of this computer's memory",
+        print(memory, f"  found in {memory.seconds:.1f} s; resident memory here grew by {size(memory.host)}",
               sep="\n", flush=True)  # fmt: skip
     verdicts = []
     for card in chosen:

@@ -15,7 +15,7 @@ import inspect
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ from ..nf4_layer import quantize as quantize_model
 from ..rows import kind_of
 from .allocator import CachingAllocator
 from .ghost import build, ghost, puppet
-from .kernels import ATTENTION, kernels, like, replaced
+from .kernels import ATTENTION, Autocast, kernels, like, replaced
 from .memory import Memory, from_tape, size
 from .step import OPTIMIZERS, Generation, TrainingStep, batch_of, without_labels
 from .tape import Recorder, Unknown
@@ -98,18 +98,12 @@ def predict(
     asked = {name: value for name, value in call.items() if name not in ("inputs", "loss", "step", *hyper)}
     asked["hyper"] = hyper
     _check(asked, OPTIMIZERS)
-    with _in_words():
-        there = isinstance(model, nn.Module)
+    with _in_words(), _few_words():
         made = _made(model, attention, DTYPES[dtype])
-        made = _changed(made, method, targets, hyper, quantize, DTYPES[adapter_dtype], there)
+        made = _changed(made, method, targets, hyper, quantize, DTYPES[adapter_dtype], isinstance(model, nn.Module))
         trained = [p for p in made.parameters() if p.requires_grad]
-        training = bool(trained) if train is None else train
-        if training and not trained:
-            raise ValueError('nothing to train: name a method ("lora", "full", …), or train=False to run it only')
-        if new_tokens and (training or kind_of(made) != "causal"):
-            why = "it trains; train=False runs it" if training else "it does not write one token after the other"
-            raise ValueError(f"new_tokens={new_tokens} is no question to this {type(made).__name__}: {why}")
-        if there:
+        training = _trains(made, trained, train, new_tokens)
+        if isinstance(model, nn.Module):
             asked["dtype"] = next((str(p.dtype).removeprefix("torch.") for p in made.parameters()), None)
         asked |= {"model": _name(model), "method": _name(method), "optimizer": _name(optimizer), "train": training}
         made.train(training)
@@ -117,48 +111,52 @@ def predict(
             _checkpoint(made)
         if inputs is None:
             _fits_context(made, tokens + new_tokens)
-            given = batch_of(made, batch, tokens, padding)
-        else:
-            given = _given(inputs)
-        if not training:
-            given = without_labels(made, given)
+        given = _given(inputs) if inputs is not None else batch_of(made, batch, tokens, padding)
+        given = given if training else without_labels(made, given)
         recorder = Recorder(made, like=device, answer=not padding, kernels=kernels(device))
-        tape = recorder.tape
         base, added = _parameters(made)
-        recorder.tag(base, "weights")
-        recorder.tag(added, "adapter")
-        recorder.tag(given.values(), "activations")
-        watched = [(torch.cuda, "empty_cache", lambda: tape.emptied.append(len(tape.events)))]
-        if device == "cpu":  # checkpointing keeps states of the random numbers, on meta fewer; no operation makes them
-            watched += [(torch, "get_rng_state", partial(_seen, recorder, torch.get_rng_state)),
-                        (torch.random, "fork_rng", _as_on_cpu(torch.random.fork_rng))]  # fmt: skip
-        torch_as = like(device, attention, DTYPES[autocast] if autocast else None)
-        with replaced(*watched), torch_as as cast, recorder.watching(), recorder:
+        for tensors, kind in ((base, "weights"), (added, "adapter"), (given.values(), "activations")):
+            recorder.tag(tensors, kind)
+        optim = None
+        with _recording(recorder, device, attention, DTYPES[autocast] if autocast else None) as cast:
             if training:
                 optim = OPTIMIZERS[optimizer](trained) if isinstance(optimizer, str) else optimizer(trained)
                 few = min(2, micro_batches)  # from the second one on, each is like the one before
                 ours = TrainingStep(made, given, optim, autocast=cast, micro_batches=few, loss=loss)
+                mark = partial(_mark, recorder, trained, optim)
                 for _ in range(2):
-                    mark = partial(_mark, recorder, trained, optim)
                     ours(mark) if step is None else step(made, given, optim, mark)
                 _name_states(recorder, optim)
             else:
                 run = Generation(made, given, new_tokens, cast)
                 run(partial(_mark_cache, recorder, run))
                 recorder.tag(_cached(run.cache), "cache")
-        recorder.live.clear()
+    tape, played = recorder.tape, CachingAllocator(expandable=expandable)
     tape.name_the_rest(_vocabulary(made))
-    played = CachingAllocator(expandable=expandable)
     if device == "cuda":
         played.replay(tape)
-    notes = tuple(_notes(made, tokens + new_tokens, optim if training else None))
-    return from_tape("predicted", tape, played.peak_reserved, asked, played.levels or None, notes=notes,
-                     seconds=time.perf_counter() - start, host=max(0, _resident() - before),
-                     again=partial(_again, call))  # fmt: skip
+    return from_tape("predicted", tape, played.peak_reserved, asked, played.levels or None,
+                     notes=tuple(_notes(made, tokens + new_tokens, optim)), seconds=time.perf_counter() - start,
+                     host=max(0, _resident() - before), again=partial(_again, call))  # fmt: skip
 
 
 def _again(call: Mapping[str, Any], **changes: Any) -> Memory:
     return predict(**{**call, **changes})
+
+
+@contextmanager
+def _recording(
+    recorder: Recorder, device: str, attention: str, autocast: torch.dtype | None
+) -> Iterator[Autocast]:
+    """All that runs inside is on the recorder's tape, as on `device`. Gives the autocast context."""
+    tape = recorder.tape
+    watched = [(torch.cuda, "empty_cache", lambda: tape.emptied.append(len(tape.events)))]
+    if device == "cpu":  # checkpointing keeps states of the random numbers, on meta fewer; no operation makes them
+        watched += [(torch, "get_rng_state", partial(_seen, recorder, torch.get_rng_state)),
+                    (torch.random, "fork_rng", _as_on_cpu(torch.random.fork_rng))]  # fmt: skip
+    with replaced(*watched), like(device, attention, autocast) as cast, recorder.watching(), recorder:
+        yield cast
+    recorder.live.clear()  # what is freed from now on is no part of the program
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
@@ -305,6 +303,17 @@ def _check(asked: Mapping[str, Any], optimizers: Mapping[str, Any]) -> None:
                          "parameters to an optimizer")  # fmt: skip
 
 
+def _trains(model: nn.Module, trained: list[nn.Parameter], train: bool | None, new_tokens: int) -> bool:
+    """Whether a training step is asked for; ValueError if it cannot be, or if a training step should write tokens."""
+    training = bool(trained) if train is None else train
+    if training and not trained:
+        raise ValueError('nothing to train: name a method ("lora", "full", …), or train=False to run it only')
+    if new_tokens and (training or kind_of(model) != "causal"):
+        why = "it trains; train=False runs it" if training else "it does not write one token after the other"
+        raise ValueError(f"new_tokens={new_tokens} is no question to this {type(model).__name__}: {why}")
+    return training
+
+
 def _fits_context(model: nn.Module, tokens: int) -> None:
     takes = inspect.signature(model.forward).parameters
     if "input_ids" not in takes and all(p.kind != p.VAR_KEYWORD for p in takes.values()):
@@ -345,6 +354,19 @@ def _in_words() -> Any:
             raise ValueError(f"tensors of this size cannot exist ({str(error).splitlines()[0]}); take fewer rows or "
                              "tokens") from None  # fmt: skip
         raise
+
+
+@contextmanager
+def _few_words() -> Iterator[None]:
+    """Without transformers' remarks on a model that is only a shape; notebooks would store them."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _name(thing: Any) -> Any:
