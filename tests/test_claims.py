@@ -17,7 +17,7 @@ VERDICTS = {
     "running_locally": "holds if", "only_new_ones": "holds if", "qlora_formats": "holds", "impossible": "wrong",
     "swapping": "holds", "faster": "holds", "hours_not_days": "holds if",
     "adapter_megabytes": "holds if", "seventy_on_disk": "holds", "ten_tasks": "holds",
-    "eighty_gigabytes": "holds if", "sixteen_gigabytes": "holds if", "qlora_65b": "holds if",
+    "eighty_gigabytes": "holds if", "sixteen_gigabytes": "holds", "qlora_65b": "holds if",
     "one_percent_of_the_cost": "wrong",
     "no_latency": "holds if", "forgetting": "later",
 }  # fmt: skip

@@ -1,8 +1,10 @@
 """The course's rooms: source listings, style, ledger."""
 
 import inspect
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +95,28 @@ def test_the_style_is_left_behind_with_its_block():
     with style.context():
         assert matplotlib.rcParams["figure.dpi"] == style.DPI
     assert dict(matplotlib.rcParams) == before
+
+
+def test_a_backend_that_the_first_figure_starts_keeps_showing_figures():
+    import matplotlib
+
+    before = matplotlib.is_interactive()
+    try:
+        matplotlib.interactive(False)
+        with style.context():
+            matplotlib.interactive(True)  # what the notebook's backend does when it starts
+        assert matplotlib.is_interactive()
+    finally:
+        matplotlib.interactive(before)
+
+
+def test_every_cell_that_makes_a_figure_stores_it():
+    for path in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            lines = "".join(cell["source"]).splitlines()
+            if cell["cell_type"] == "code" and any("plt.subplots(" in line for line in lines if line[:1] not in " #"):
+                kinds = {kind for output in cell["outputs"] for kind in output.get("data", {})}
+                assert "image/png" in kinds, f"{path.name}: no figure below {lines[0]!r}"
 
 
 def test_importing_the_room_imports_neither_widgets_nor_figures():

@@ -229,8 +229,9 @@ def test_attention_by_the_plain_formula(family):
     agrees(model, "math", checkpointing=True, padding=family == "gpt2")
 
 
-@pytest.mark.parametrize("method, checkpointing", [("full", False), ("LoRA", True)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, method, checkpointing", [
+    *((family, *way) for family in FAMILIES for way in (("full", False), ("LoRA", True))), ("llama", "full", True),
+])  # fmt: skip
 def test_autocast(family, method, checkpointing):
     """With a CPU's list of what stays in float32, which is shorter than CUDA's; the rest is the same code."""
     model = build(family, "eager" if checkpointing else "sdpa")

@@ -663,11 +663,13 @@ def consumer_card() -> Finding:
 def sixteen_gigabytes() -> Finding:
     lora = compare(LEDGER_7B, targets=QV)["LoRA r=8"]
     needs = {tokens: _need(SEVEN, targets=QV, r=8, tokens=tokens) for tokens in (512, 2048)}
-    assert lora.fits(16) and needs[512].verdict("16GB", advise=False) and not needs[2048].verdict("16GB", advise=False)
+    card = "RTX 4080"
+    assert lora.fits(16) and needs[512].verdict(card, advise=False) and not needs[2048].verdict(card, advise=False)
     return Finding(
         f"{_gib(lora)} with the base in 16 bits; {16 - lora.total / GIB:.1f} GiB are left for activations. A step "
-        f"with one text, predicted as in lesson 09, takes {_reserved(needs)}",
-        "holds if the batch is small and the texts short",
+        f"with one text, predicted as in lesson 09, takes {_reserved(needs)}; the first is "
+        f"{needs[512].verdict(card, advise=False).word} on an {card}, which has 16 GB by its name",
+        "holds, tightly, if the texts are short",
     )
 
 
@@ -675,12 +677,14 @@ def sixteen_gigabytes() -> Finding:
 def qlora_65b() -> Finding:
     ways = {r: compare(LLAMA_65B, r=r)[f"QLoRA r={r}"] for r in (8, 64)}
     need = _need("llama-65b", r=64, tokens=512, quantize="nf4", checkpointing=True)
-    assert all(way.fits(48) for way in ways.values()) and need.verdict("48GB", advise=False)
+    words = {card: need.verdict(card, advise=False).word for card in ("RTX A6000", "L40S")}
+    assert all(way.fits(48) for way in ways.values()) and words == {"RTX A6000": "fits", "L40S": "does not fit"}
     return Finding(
         "; ".join(f"{_gib(way)} at r = {r} on all linear layers" for r, way in ways.items())
         + ", activations not counted. A step with one text, r = 64 and gradient checkpointing, predicted as in "
-        f"lesson 09, takes {_reserved({512: need})}",
-        "holds if gradients are checkpointed and the texts are not too long",
+        f"lesson 09, takes {_reserved({512: need})}. Both sold as 48 GB: "
+        + ", ".join(f"{card}: {word}" for card, word in words.items()),
+        "holds if the card has nearly 48 GiB, gradients are checkpointed and the texts are not too long",
     )
 
 

@@ -9,11 +9,11 @@ Source: Okabe and Ito 2008, "Color universal design".
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -52,11 +52,19 @@ def rc() -> dict[Any, Any]:
     }
 
 
-def context() -> AbstractContextManager:
-    """The style inside a with-block; the settings from before come back after it."""
+@contextmanager
+def context() -> Iterator[None]:
+    """The style inside a with-block; the settings from before come back after it.
+
+    All but one: the first figure of a notebook starts a backend that shows figures by itself ("interactive"), and must
+    go on doing so.
+    """
     import matplotlib
 
-    return matplotlib.rc_context(rc())
+    with matplotlib.rc_context(rc()):
+        yield
+        shows = matplotlib.is_interactive()
+    matplotlib.interactive(shows)
 
 
 def use() -> None:

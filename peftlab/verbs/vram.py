@@ -58,7 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _option(step, "--autocast", "TYPE", "bf16 or fp16: products in 16 bits, as torch.autocast (default: off)")
     _option(step, "--checkpointing", help="gradient checkpointing: activations are computed again, not kept")
     _option(step, "--padding", help="rows of unequal length, so that attention needs a mask")
-    _option(step, "--expandable", help="with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
+    _option(step, "--expandable", help="with PYTORCH_ALLOC_CONF=expandable_segments:True")
 
     card = parser.add_argument_group("the card")
     card.add_argument("--card", action="append", default=[], metavar="CARD", help="4090, a100-80, h100, … or its "

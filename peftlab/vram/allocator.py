@@ -39,7 +39,7 @@ class Piece:
 class CachingAllocator:
     """The default allocator of torch.cuda. limit: bytes of the device; None: as many as it takes.
 
-    expandable: as with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, where each pool is one segment that grows in
+    expandable: as with PYTORCH_ALLOC_CONF=expandable_segments:True, where each pool is one segment that grows in
     steps of 20 MiB (2 MiB for small blocks), so that a hole in the middle can be used up to its end.
     """
 

@@ -56,8 +56,12 @@ def timeline(memory: Memory, ax: Axes | None = None) -> Axes:
                 ax.axvline(span.start - first, color=style.BLACK, linewidth=0.7, linestyle=":")
                 ax.annotate(phase, (span.start - first, 1), (4, -3), xycoords=("data", "axes fraction"),
                             textcoords="offset points", va="top", fontsize=9)  # fmt: skip
+        high = max(range(len(events)), key=lambda i: sum(part[i] for part in parts.values()))
+        ax.plot(events[high] - first, top / unit, ".", color=style.BLACK)
+        ax.annotate(f"peak {top / unit:,.1f} {word}", (events[high] - first, top / unit), (6, -3),
+                    textcoords="offset points", fontsize=9)  # fmt: skip
         ax.set(xlabel="allocations and frees since the step began", ylabel=f"allocated ({word})",
-               xlim=(0, events[-1] - first), ylim=(0, 1.12 * top / unit))  # fmt: skip
+               xlim=(0, events[-1] - first), ylim=(0, 1.2 * top / unit))  # fmt: skip
         ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
     return ax
 

@@ -89,7 +89,7 @@ def predict(
     optimizer: a name of `step.OPTIMIZERS`, or a function from parameters to a torch optimizer.
     micro_batches: how many batches of `batch` rows add up their gradients before a step (gradient accumulation).
     device: "cuda", or "cpu" for torch's CPU kernels, where nothing is rounded and nothing reserved. expandable: with
-    PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
+    PYTORCH_ALLOC_CONF=expandable_segments:True.
     Raises ValueError for an unknown name, an impossible size, what `attach` refuses, and a model that asks a tensor for
     its numbers; TypeError for a hyper-parameter that the method does not have.
     """
