@@ -117,6 +117,16 @@ def test_what_stays_and_what_goes(memories):
     assert stays["workspace"] == 2 * CUBLAS
 
 
+@pytest.mark.parametrize("asked", [{}, {"checkpointing": True}, {"checkpointing": True, "autocast": "bf16"}], ids=str)
+def test_of_the_passes_gradients_alone_are_left(asked):
+    """When the optimizer's step begins; 16-bit copies that autocast made in a block computed again are gone too."""
+    found = predict(build("llama"), "full", batch=2, tokens=16, **asked)
+    there = found.tape.by_kind(last(found, "step") - 1)
+    assert set(there) == {"weights", "optimizer", "gradients", "workspace", "activations"}
+    assert there["activations"] == 2 * rounded(2 * 16 * 8), "ids and labels"
+    assert there["gradients"] == taken(build("llama").parameters())
+
+
 def test_the_life_of_a_block_tells_what_it_is_for():
     tape, blocks = Tape(), {}
 
@@ -547,6 +557,18 @@ def test_kinds_of_attention():
     assert len(scores) == 2 * layers, "4 bytes for each of 4 heads, kept once a layer, in each of two steps"
     large = [{b.op for b in m.tape.blocks if b.size >= 2 * square and b.op != "cuBLAS"} for m in (padded, flash)]
     assert large == [{"aten.where.self"}, set()], "the mask of all heads; nothing"
+
+
+def test_a_kernel_is_used_where_one_is_asked_for():
+    """Of a model that is there with an attention of its own ("eager"), too."""
+    asked = dict(method="lora", targets="q_proj", r=2, tokens=512)
+    with_kernels, own = build("llama").bfloat16(), build("llama").bfloat16()
+    own.set_attn_implementation("eager")
+    assert predict(own, **asked).by_kind == predict(with_kernels, attention="eager", **asked).by_kind
+    for kernel in ("flash", "math"):
+        assert predict(own, attention=kernel, **asked).by_kind == predict(
+            with_kernels, attention=kernel, **asked).by_kind  # fmt: skip
+    assert own.config._attn_implementation == "eager"
 
 
 def test_dropout_keeps_a_byte_a_number_on_a_gpu():

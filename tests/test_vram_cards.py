@@ -600,7 +600,7 @@ def test_vram_prints_the_table_and_the_verdicts(tiny, capsys):
     text = capsys.readouterr().out
     memory = predict(tiny, "lora", alpha=3, r=4, batch=4, checkpointing=True)
     assert text.startswith(f"{memory}\n"), "what predict prints"
-    assert re.search(r"\n  found in \d+\.\d s with \d+\.\d\d GiB of this computer's memory\n\n", text)
+    assert re.search(r"\n  found in \d+\.\d s; resident memory here grew by \d+\.\d+ [MG]iB\n\n", text)
     told = [str(memory.verdict(card, context=GIB)) for card in ("4090", "24GB")]
     assert text.endswith("\n\n" + "\n\n".join(told) + "\n") and "1.00 GiB of context" in text
 

@@ -97,7 +97,6 @@ def events(run) -> list[int]:
 
     Objects that only Python's cyclic garbage collector finds would be freed at some moment or other: it is off.
     """
-    gc.collect()
     gc.disable()
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -171,8 +170,8 @@ def test_families_and_methods(family, method, dtype, checkpointing, attention):
     agrees(model, attention, checkpointing)
 
 
-@pytest.mark.parametrize("number, name", [*enumerate(pl.METHODS)])
-def test_every_method_of_the_registry(number, name):
+@pytest.mark.parametrize("number, name", [*enumerate(name for name in pl.METHODS if name not in METHODS)])
+def test_all_other_methods_of_the_registry(number, name):
     dtype, checkpointing, attention = [WAYS[0], WAYS[-1]][number % 2]
     case = case_of(pl.METHODS[name])
     model = build("llama", attention).to(dtype)
@@ -211,19 +210,23 @@ def test_dropout(family, attention, checkpointing):
     agrees(model, attention, checkpointing)
 
 
-@pytest.mark.parametrize("family, dtype, checkpointing, attention", [
-    ("llama", torch.float32, False, "sdpa"), ("gpt2", torch.bfloat16, True, "eager"),
-    ("t5", torch.bfloat16, True, "sdpa"),
+@pytest.mark.parametrize("family, dtype, checkpointing, attention, more", [
+    ("llama", torch.float32, False, "sdpa", {"micro_batches": 2}),
+    ("gpt2", torch.bfloat16, True, "eager", {"micro_batches": 3}),
+    ("llama", torch.bfloat16, True, "sdpa", {"padding": True}),
+    ("gpt2", torch.float32, False, "eager", {"padding": True}),
+    ("t5", torch.bfloat16, True, "sdpa", {"padding": True, "micro_batches": 2}),
 ])  # fmt: skip
-@pytest.mark.parametrize("more", [{"micro_batches": 2}, {"padding": True}], ids=["two micro-batches", "padding"])
 def test_batches(family, dtype, checkpointing, attention, more):
+    """More micro-batches than two need no more than two, so predict() runs two."""
     model = build(family, attention).to(dtype)
     change(model, "full")
     agrees(model, attention, checkpointing, **more)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_attention_by_the_plain_formula(family):
+    """T5's is always so when its position bias is trained."""
     model = build(family).bfloat16()
     change(model, "LoRA")
     agrees(model, "math", checkpointing=True, padding=family == "gpt2")
@@ -374,7 +377,7 @@ def test_memtracker(family, method, dtype, attention):
 
 @pytest.mark.parametrize("family, method, dtype", [
     ("llama", "full", torch.bfloat16), ("llama", "LoRA", torch.float32), ("gpt2", "LoRA", torch.bfloat16),
-    ("t5", "LoRA", torch.float32), ("t5", "full", torch.bfloat16),
+    ("t5", "LoRA", torch.float32),
 ])  # fmt: skip
 def test_memtracker_with_checkpointing(family, method, dtype, monkeypatch):
     """To the byte, once three things are taken out that the profiler, above, shows the prediction to have right.

@@ -40,7 +40,8 @@ class CachingAllocator:
     """The default allocator of torch.cuda. limit: bytes of the device; None: as many as it takes.
 
     expandable: as with PYTORCH_ALLOC_CONF=expandable_segments:True, where each pool is one segment that grows in
-    steps of 20 MiB (2 MiB for small blocks), so that a hole in the middle can be used up to its end.
+    steps of 20 MiB (2 MiB for small blocks), so that a hole in the middle can be used up to its end. With a
+    limit too this is less than torch can do, which gives single pages of such a segment back before it gives up.
     """
 
     def __init__(self, limit: int | None = None, expandable: bool = False):

@@ -44,6 +44,7 @@ class Memory:
     host: int = 0
     notes: tuple[str, ...] = ()
     tape: Tape | None = field(default=None, compare=False)
+    levels: Sequence[int] | None = field(default=None, compare=False)  # the allocator's count, where it is another
     again: Callable[..., Memory] | None = field(default=None, compare=False)  # the same prediction with other arguments
 
     @property
@@ -51,7 +52,7 @@ class Memory:
         """(phase, bytes allocated) after each event of the last step: what a plot over time shows."""
         if self.tape is None:
             return []
-        levels, last = self.tape.allocated(), self.last_step()
+        levels, last = self.levels or self.tape.allocated(), self.last_step()
         return [(phase, levels[i]) for phase, events in self.tape.phases() for i in events if i >= last]
 
     def last_step(self) -> int:
@@ -148,7 +149,7 @@ def from_tape(
     levels: bytes that the allocator counts as allocated after each event, where that is more than the blocks' sizes:
     what is left of a piece of memory and too small to be cut off counts with its block, as "remainders".
     """
-    levels = tape.allocated() if levels is None else levels
+    counted, levels = levels, tape.allocated() if levels is None else levels
     event = max(range(len(levels)), key=levels.__getitem__, default=0)
     phases: dict[str, int] = {}
     for phase, events in tape.phases():
@@ -160,7 +161,7 @@ def from_tape(
     allocated, kinds = levels[event] if levels else 0, tape.by_kind(event)
     if remainders := allocated - sum(kinds.values()):
         kinds["remainders"] = remainders
-    return Memory(source, asked, allocated, reserved, kinds, phases, peak, tape=tape, **more)
+    return Memory(source, asked, allocated, reserved, kinds, phases, peak, tape=tape, levels=counted, **more)
 
 
 __all__ = ["GIB", "KINDS", "MIB", "Memory", "Peak", "describe", "from_tape", "size"]

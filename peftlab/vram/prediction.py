@@ -165,8 +165,8 @@ def _recording(
 def _made(model: Any, attention: str, dtype: torch.dtype) -> nn.Module:
     if isinstance(model, nn.Module):
         made = ghost(model)
-        if attention == "eager" and hasattr(made, "set_attn_implementation"):
-            made.set_attn_implementation("eager")
+        if attention != "auto" and hasattr(made, "set_attn_implementation"):
+            made.set_attn_implementation("eager" if attention == "eager" else "sdpa")
         return made
     made = build(model, dtype, **({"_attn_implementation": "eager"} if attention == "eager" else {}))
     if made.config.is_encoder_decoder and getattr(made.config, "decoder_start_token_id", None) is None:
