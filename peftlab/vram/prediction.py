@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -380,5 +379,11 @@ def _name(thing: Any) -> Any:
 
 def _resident() -> int:
     """Most memory this process has had so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
