@@ -78,6 +78,7 @@ class Experiment:
     measured: tuple[str, ...]
     execute: Callable[[Run], Row]
     seeds: tuple[int, ...] = (0, 1, 2)  # the first one chooses the learning rate
+    sweep: bool = False  # the other seeds run at every rate that the first one ran at, not only at the best
 
     @property
     def identity(self) -> tuple[str, ...]:
@@ -214,7 +215,7 @@ def tried(rows: Sequence[Row], case: Case, seed: int) -> dict[float, Row]:
     return {rate: row for rate, row in found.items() if row is not None}
 
 
-def pending(rows: Sequence[Row], case: Case, seeds: Sequence[int]) -> list[Run]:
+def pending(rows: Sequence[Row], case: Case, seeds: Sequence[int], sweep: bool = False) -> list[Run]:
     """The runs of a case that can be started now: first the grid, then what lies beyond it, then the other seeds."""
     done = tried(rows, case, seeds[0])
     if missing := [rate for rate in case.grid if rate not in done]:
@@ -223,7 +224,7 @@ def pending(rows: Sequence[Row], case: Case, seeds: Sequence[int]) -> list[Run]:
     at = case.ladder.index(rate)
     if beside := [rate for rate in case.ladder[max(at - 1, 0) : at + 2] if rate not in done]:
         return [Run(case, rate, seeds[0]) for rate in beside]
-    runs = [Run(case, rate, seed) for seed in seeds[1:]]
+    runs = [Run(case, each, seed) for seed in seeds[1:] for each in (sorted(done) if sweep else [rate])]
     return [run for run in runs if find(rows, run) is None]
 
 
@@ -231,8 +232,11 @@ def left(rows: Sequence[Row], experiment: Experiment) -> int:
     """How many runs are to come, if no grid is extended further."""
     total, seeds = 0, experiment.seeds
     for case in experiment.cases:
-        runs = pending(rows, case, seeds)
-        total += len(runs) + (len(seeds) - 1 if runs and runs[0].seed == seeds[0] else 0)
+        runs = pending(rows, case, seeds, experiment.sweep)
+        total += len(runs)
+        if runs and runs[0].seed == seeds[0]:  # the other seeds' runs will come on top
+            rates = {run.learning_rate for run in runs} | set(tried(rows, case, seeds[0]))
+            total += (len(seeds) - 1) * (len(rates) if experiment.sweep else 1)
     return total
 
 
@@ -281,12 +285,13 @@ def conduct(experiment: Experiment, path: Path, pool: Executor, jobs: int) -> It
     Runs that depend on others (more rates, seeds) are planned as results come in. A run that raises takes its case
     out of the plan; when all others are done, RuntimeError says which ones failed.
     """
-    rows = rows_of(path, experiment.columns)
+    rows, seeds = rows_of(path, experiment.columns), experiment.seeds
     busy: dict[Future, Run] = {}
     failed: dict[str, BaseException] = {}  # case -> why
     while True:
         open_cases = [case for case in experiment.cases if str(case) not in failed]
-        for run in (run for case in open_cases for run in pending(rows, case, experiment.seeds)):
+        can = [run for case in open_cases for run in pending(rows, case, seeds, experiment.sweep)]
+        for run in sorted(can, key=lambda run: seeds.index(run.seed)):  # a first look at all cases before any is whole
             if len(busy) < jobs and run not in busy.values():
                 busy[pool.submit(experiment.execute, run)] = run
         if not busy:
@@ -302,7 +307,7 @@ def conduct(experiment: Experiment, path: Path, pool: Executor, jobs: int) -> It
                 continue
             row = wanted(run) | future.result()
             rows = put(rows_of(path, experiment.columns), row, experiment.identity)
-            if not pending(rows, run.case, experiment.seeds):
+            if not pending(rows, run.case, seeds, experiment.sweep):
                 rows = without_old(rows, run.case)
             write(path, rows, experiment.columns)
             yield run, row, left(rows, experiment)
@@ -371,6 +376,11 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 def seeds_range(line) -> str:
     """Mean, lowest and highest of a line of `summary` that holds shares: "47.0 % (43.2–50.1)"."""
     return f"{100 * line['mean']:.1f} % ({100 * line['low']:.1f}–{100 * line['high']:.1f})"
+
+
+def config_hash(values: Mapping[str, Any]) -> str:
+    """The first twelve hex digits of the SHA-256 of settings, whatever their order: one name for all that a run was."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def fingerprint(*files: Path) -> str:

@@ -137,9 +137,9 @@ def test_choice_in_a_table_is_the_choice_of_the_runs(file):
 
 
 def test_summary_of_an_unfinished_experiment_counts_the_seeds_that_are_there(file):
-    conduct(file, stop=5, jobs=1)
+    conduct(file, stop=9, jobs=1)  # all rates of both, then one more seed of the first
     found = lab.summary(lab.read(file), by="method")
-    assert found.index.name == "method" and list(found.seeds) == [2] and list(found.rates) == [4]
+    assert found.index.name == "method" and list(found.seeds) == [2, 1] and list(found.rates) == [4, 4]
 
 
 def test_equal_accuracies_are_decided_by_the_loss_and_a_diverged_run_is_last():
