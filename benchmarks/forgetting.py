@@ -28,7 +28,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -190,29 +190,36 @@ def moved(model, start, mergeable: bool) -> dict[str, float]:
 
 def execute(run: lab.Run) -> lab.Row:
     """Train and evaluate on the way; the measured columns and where they come from."""
+    begin, (task, name) = time.perf_counter(), run.case.key.values()
+    return record(run, prepared(name, run.seed), classic.rows(task)["train"], begin)
+
+
+def record(run: lab.Run, model, rows, begin: float, finish: Callable[[Any], Any] | None = None, **training) -> lab.Row:
+    """Train a prepared model on rows as the run says, and judge it on the way and at the end, after `finish(model)`."""
     import peftlab as pl
     from peftlab.retention import weights
 
-    begin, (task, name), settings = time.perf_counter(), run.case.key.values(), run.case.settings
-    model, tokenizer = prepared(name, run.seed), classic.base()[1]
+    task, steps, tokenizer = run.case.key["task"], run.case.settings["steps"], classic.base()[1]
     trained = [p for p in model.parameters() if p.requires_grad]
     with pl.using(model) if pl.hosts(model) else nullcontext():
         start = weights(model)
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in trained), "train_loss": math.nan}
     found["valid_loss"], spent = math.nan, 0.0
-    looks = {min(step, settings["steps"]): step for step in CHECKPOINTS}
+    looks = {min(step, steps): step for step in CHECKPOINTS}
     seen: dict[int, dict[str, float]] = {}
     if trained:
         try:
             since = time.perf_counter()
-            for log in pl.train_steps(model, classic.rows(task)["train"], tokenizer, steps=settings["steps"],
-                                      batch_size=settings["batch_size"], lr=run.learning_rate, seed=run.seed,
-                                      valid=classic.rows(task)["valid"], valid_every=settings["steps"]):  # fmt: skip
+            for log in pl.train_steps(model, rows, tokenizer, steps=steps, batch_size=run.case.settings["batch_size"],
+                                      lr=run.learning_rate, seed=run.seed, valid=classic.rows(task)["valid"],
+                                      valid_every=steps, **training):  # fmt: skip
                 spent += time.perf_counter() - since
-                if len(log) in looks and len(log) < settings["steps"]:
+                if len(log) in looks and len(log) < steps:
                     seen[looks[len(log)]] = glance(model, task)
                 since = time.perf_counter()
-            found |= {"train_loss": lab.last(log.losses), "valid_loss": log.valid_losses[settings["steps"]]}
+            found |= {"train_loss": lab.last(log.losses), "valid_loss": log.valid_losses[steps]}
+            if finish is not None:
+                finish(model)
         except FloatingPointError:
             seen = {}  # the trained parameters are back at their start, and are judged like that
     mergeable = settled(model)

@@ -30,7 +30,7 @@ _HOME = {  # name -> module that defines it
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _ROOMS = ("base", "core", "course", "evaluate", "files", "inits", "kbit", "lab", "layers", "methods",
-          "nf4", "paths", "shapes", "sites", "tasks", "vocabulary", "vram")  # fmt: skip
+          "nf4", "paths", "remedies", "retention", "shapes", "sites", "tasks", "vocabulary", "vram")  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

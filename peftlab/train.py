@@ -67,6 +67,7 @@ class Settings:
     resume: bool = True  # go on from the checkpoint in the folder if there is one
     precision: str | None = None  # autocast: "bf16", "fp16" (GPU); None: computes in the weights' own dtype
     max_length: int | None = None  # longest row in tokens; None: the model's context
+    penalty: Callable[[nn.Module], Tensor] | None = None  # a number added to each step's loss (see `remedies.KLToBase`)
 
     def __post_init__(self):
         def need(right: bool, name: str, rule: str) -> None:
@@ -221,7 +222,7 @@ def _steps(
                 group["lr"] = peak * s.rate(step)
             own = stream(s.seed, step, accelerator.process_index, device=parameters[0].device)
             with mode(model, training=True), own:
-                loss = _gradient(ready, batch, pad, accelerator, s.accumulation)
+                loss = _gradient(ready, batch, pad, accelerator, s.accumulation, s.penalty)
                 norm = float(accelerator.clip_grad_norm_(parameters, s.clip or math.inf))
                 _check(loss, "loss", step, plain)
                 if scaler is None:  # with one, infinite gradients are its business: it skips the step
@@ -265,7 +266,9 @@ def _steps(
         accelerator.free_memory()
 
 
-def _gradient(model: nn.Module, batch: list[Row], pad: int, accelerator: Any, accumulation: int) -> float:
+def _gradient(
+    model: nn.Module, batch: list[Row], pad: int, accelerator: Any, accumulation: int, penalty: Callable | None
+) -> float:
     """Add up the gradient of the batch's mean loss over its micro-batches, a share of them on each process.
 
     Every label of the batch weighs the same. The mean of the micro-batches' means would favour labels in micro-batches
@@ -273,6 +276,9 @@ def _gradient(model: nn.Module, batch: list[Row], pad: int, accelerator: Any, ac
     """
     world, total = accelerator.num_processes, sum(row.trained for row in batch)
     cuts, loss = accumulation * world, torch.zeros((), device=next(model.parameters()).device)
+    if penalty is not None:  # its own mean over the processes; what is returned and logged is the loss without it
+        with accelerator.no_sync(model):
+            accelerator.backward(penalty(accelerator.unwrap_model(model, keep_fp32_wrapper=False)))
     for cut in range(accelerator.process_index, cuts, world):
         part = batch[cut * len(batch) // cuts : (cut + 1) * len(batch) // cuts]
         share = sum(row.trained for row in part) / total
@@ -350,11 +356,12 @@ def _description(s: Settings, optimizer: torch.optim.Optimizer, rows: list[Row],
     """Everything beside the model that the losses depend on, as JSON: what a checkpoint must agree with."""
     keys = "steps batch_size lr warmup weight_decay clip accumulation seed valid_every patience precision".split()
     schedule = s.schedule if isinstance(s.schedule, str) else s.schedule.__qualname__
+    penalty = {} if s.penalty is None else {"penalty": getattr(s.penalty, "__qualname__", type(s.penalty).__name__)}
     rates = [group["lr"] for group in optimizer.param_groups]
     return {key: getattr(s, key) for key in keys} | {
         "schedule": schedule, "optimizer": type(optimizer).__name__, "learning rates": rates, "processes": world,
         "data set": digest(rows), "validation set": digest(valid),
-    }  # fmt: skip
+    } | penalty  # fmt: skip
 
 
 def _copy(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
