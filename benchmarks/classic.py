@@ -1,16 +1,20 @@
-"""The classic methods side by side: what each gives on three tasks, and what it costs.
+"""The leaderboard: what each method gives on three tasks, and what it costs. It began with the classic methods.
 
     python benchmarks/classic.py --jobs 2          # writes data/results/classic.csv; goes on where it was stopped
     python benchmarks/classic.py --cost            # writes data/results/classic_cost.json
     python benchmarks/classic.py --tasks reviews --methods LoRA IA3 --steps 3 --out /tmp/try.csv
 
+Who takes part. All of METHODS, and every other registered class that can be trained alone with its defaults: it joins
+by being registered. EXCLUDED says which ones cannot, and why. `peftlab.leaderboard` ranks what was recorded.
+
 Quality. Every method gets the same budget on a task: 100 steps of batch 16 on sql, 150 on reviews, 60 on voices (the
 pirate's, one user's rows). Rates lie on one ladder with steps of about three. Three of them are tried for each method
 and task with seed 0 and judged on the VALID set; a best one at the edge extends the grid. Seeds 1 and 2 then run at the
 best rate. TEST is only reported. Hyper-parameters are each class's defaults except where METHODS says otherwise, and
-are not tuned. A seed draws the adapter and the order of the rows. Accuracy is: sql, the answer's rows are those of the
-gold query; reviews, the right class; voices, the right sentence in the right voice. What can be merged is merged before
-it is evaluated. This is a small model and a short budget: methods that learn slowly are shown as slow, not as useless.
+are not tuned; a method that joined has its defaults, and JOINS_AT in the middle of its grid. A seed draws the adapter
+and the order of the rows. Accuracy is: sql, the answer's rows are those of the gold query; reviews, the right class;
+voices, the right sentence in the right voice. What can be merged is merged before it is evaluated. This is a small
+model and a short budget: methods that learn slowly are shown as slow, not as useless.
 
 Cost, measured once and apart, as ratios within one process (see `cost`).
 
@@ -75,17 +79,42 @@ METHODS = {
     "IA3": Method("IA3", 3e-2, {}),
 }
 
+# Registered classes that do not join: class -> why. One belongs here if `attach` refuses it without hyper-parameters or
+# without other adapters, or if with its defaults it is another method of the table.
+EXCLUDED = {
+    "AdapterFusion": "reads two or more adapters that are trained already",
+    "Gated": "opens and closes another adapter of the same layers",
+    "ModuleCopy": "is full fine-tuning of the modules that are named",
+    "MultitaskPromptTuning": "shares a prompt among tasks; with one task it is prompt tuning",
+    "TrainableTokens": "needs the tokens whose vectors are trained",
+}
+JOINS_AT = 1e-2
+
+
+def joined() -> dict[str, Method]:
+    """The registered classes that neither METHODS nor EXCLUDED names, each with its defaults, in registry order."""
+    import peftlab as pl
+
+    named = {method.of for method in METHODS.values()} | set(EXCLUDED)
+    return {name: Method(name, JOINS_AT, {}) for name in pl.METHODS if name not in named}
+
+
+def everyone() -> dict[str, Method]:
+    """All that take part: METHODS first, in its order, so that what is recorded stays as it is."""
+    return METHODS | joined()
+
 
 def experiment(
-    tasks: Sequence[str] = tuple(STEPS), methods: Sequence[str] = tuple(METHODS), steps: int | None = None
+    tasks: Sequence[str] = tuple(STEPS), methods: Sequence[str] | None = None, steps: int | None = None
 ) -> lab.Experiment:
-    """All methods on all tasks, with the base model and the tasks as they lie here."""
+    """The methods (all that take part) on all tasks, with the base model and the tasks as they lie here."""
+    there = everyone()
     cases = []
     for task in tasks:
         base, data = lab.fingerprints(task)
         shared = {"steps": steps or STEPS[task], "batch_size": BATCH, "base": base, "data": data}
-        for name in methods:
-            _, rate, hyper, targets = METHODS[name]
+        for name in there if methods is None else methods:
+            _, rate, hyper, targets = there[name]
             own = {"hyper": json.dumps(hyper), "targets": targets or ""}
             at = LADDER.index(rate)
             grid, beyond = LADDER[at - 1 : at + 2], LADDER[max(at - 3, 0) : at + 4]
@@ -122,7 +151,7 @@ def prepared(name: str, seed: int = 0):
 
     import peftlab as pl
 
-    model, method = copy.deepcopy(base()[0]), METHODS[name]
+    model, method = copy.deepcopy(base()[0]), everyone()[name]
     torch.manual_seed(seed)
     if method.of is None:
         return pl.full_finetuning(model)
@@ -161,7 +190,7 @@ def execute(run: lab.Run) -> lab.Row:
     model, data = prepared(run.case.key["method"], run.seed), rows(task)
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     found |= lab.train_run(run, model, data, base()[1], EARLY)
-    if METHODS[run.case.key["method"]].of is not None:
+    if everyone()[run.case.key["method"]].of is not None:
         merged(model)
     found["valid_accuracy"], _ = judge(model, task, "valid")
     found["test_accuracy"], found["test_form"] = judge(model, task, "test")
@@ -238,9 +267,10 @@ def stored(model) -> int:
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-def cost(names: Sequence[str] = tuple(METHODS), rounds: int = 15) -> dict:
+def cost(names: Sequence[str] | None = None, rounds: int = 15) -> dict:
     """What each method costs beside full fine-tuning (a step) and the bare base (prefill and decode, unmerged).
 
+    names: of the methods; all that take part, if left out.
     All models live in one process and take turns in random order; a ratio is formed within each round and given as
     (first quartile, median, third quartile). The clock counts this process's own computing, one thread, so that other
     work on the machine disturbs little.
@@ -248,8 +278,9 @@ def cost(names: Sequence[str] = tuple(METHODS), rounds: int = 15) -> dict:
     import torch
 
     ids = torch.randint(2, 4096, (16, 64), generator=torch.Generator().manual_seed(0))
-    everyone = list(dict.fromkeys(["full", *names]))
-    models = {name: prepared(name) for name in everyone}
+    methods = everyone()
+    chosen = list(dict.fromkeys(["full", *(methods if names is None else names)]))
+    models = {name: prepared(name) for name in chosen}
     subjects = {name: Subject(model, ids) for name, model in models.items()}
     subjects["base"] = Subject(copy.deepcopy(base()[0]).requires_grad_(False), ids)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
@@ -260,11 +291,11 @@ def cost(names: Sequence[str] = tuple(METHODS), rounds: int = 15) -> dict:
             if turn:  # the first is warming up
                 times[name].append(found)
     lines = []
-    for name in everyone:
+    for name in chosen:
         model = models[name]
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         line = {"method": name, "parameters": parameters, "bytes": stored(model), "context": context_used(model, ids)}
-        line["mergeable"] = METHODS[name].of is not None and merged(model)
+        line["mergeable"] = methods[name].of is not None and merged(model)
         for what, beside in (("step", "full"), ("prefill", "base"), ("decode", "base")):
             ratios = [own[what] / other[what] for own, other in zip(times[name], times[beside], strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -294,11 +325,12 @@ def table(path: Path, plan: lab.Experiment) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     import peftlab as pl
 
+    methods = everyone()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the file to write, and of the runs to go on from")
     parser.add_argument("--tasks", nargs="+", choices=tuple(STEPS), default=tuple(STEPS))
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD",
-                        help=f"of {', '.join(METHODS)}")  # fmt: skip
+    parser.add_argument("--methods", nargs="+", choices=tuple(methods), default=tuple(methods), metavar="METHOD",
+                        help=f"of {', '.join(methods)}")  # fmt: skip
     parser.add_argument("--steps", type=int, help="optimizer steps per run (default: each task's own)")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default 1)")
     parser.add_argument("--cost", action="store_true", help="measure costs instead of quality")
@@ -306,7 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.jobs < 1 or options.rounds < 2 or (options.steps is not None and options.steps < 1):
         parser.error("--steps and --jobs start at 1, --rounds at 2")
-    there = [name for name in options.methods if METHODS[name].of is None or METHODS[name].of in pl.METHODS]
+    there = [name for name in options.methods if methods[name].of is None or methods[name].of in pl.METHODS]
     if waiting := [name for name in options.methods if name not in there]:
         print(f"skipped, because peftlab has no such class yet: {', '.join(waiting)}", flush=True)
     if options.cost:

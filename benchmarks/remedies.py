@@ -4,13 +4,13 @@
 
 Each method runs at the rate that served the task best in data/results/forgetting.csv (on VALID, with seed 0), with
 the budget of that experiment; without a remedy, and at lower rates, its rows there are the comparison. Each remedy has
-two strengths, chosen before the first run and not tuned:
+one or two strengths, chosen before the first run and not tuned:
 
 - rehearsal: the share of the rows that are old text (5 and 20 %): half of it the invented world, half documentation and
   code. The steps stay the same, so the task gets that much less.
 - decay: η·λ, the share of the way back to the start that each step goes at the peak rate (0.003 and 0.03).
-- KL old: λ of the divergence from the base on 4 old texts a step (0.3 and 3). KL prompts: the same on the task's own
-  questions, which needs no old text. Both nearly double the cost of a step.
+- KL old: λ of the divergence from the base on 4 old texts a step (1). KL prompts: the same on the task's own questions,
+  which needs no old text. Both nearly double the cost of a step.
 - interpolation: after training, a of θ₀ + a·(θ − θ₀) (0.5 and 0.75): WiSE-FT; of LoRA, its scale times a.
 
 What is measured is as in forgetting.py. Another remedy needs no experiment: the adapter is switched off for requests
@@ -40,8 +40,8 @@ METHODS = ("full", "LoRA r=8 all")
 REMEDIES = {
     "rehearsal": (0.05, 0.2),
     "decay": (0.003, 0.03),
-    "KL old": (0.3, 3.0),
-    "KL prompts": (0.3, 3.0),
+    "KL old": (1.0,),
+    "KL prompts": (1.0,),
     "interpolation": (0.5, 0.75),
 }
 OLD = 400  # old texts at hand

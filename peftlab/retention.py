@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attach import hosts
+from .core import Adapted
 from .evaluate import Score, exact_match, token_loss
 from .layers import is_linear, weight_of
+from .sites import bare, sites
 
 DOCS, CODE = 600, 1500  # characters of a text that are read: many short texts say more than few long ones
 
@@ -95,6 +96,51 @@ def _spread(texts: Sequence[str], n: int) -> list[str]:
     return list(texts[::step][:n])
 
 
+# ------------------------------------------------------------------------------------------------- recorded runs
+
+
+def with_retained(runs):
+    """A table of recorded runs (`lab.read("forgetting")`) with a column `retained`, of TEST: see `retained`.
+
+    ValueError if the table has no run of the bare base ("base") on one of its tasks.
+    """
+    return runs.assign(retained=_retained(runs, _before(runs), "test_{}"))
+
+
+def curves(runs):
+    """Every run as a curve: a long table with task, method, learning_rate, seed, step, and what VALID said then.
+
+    Measured are target, facts, lists, docs, code; retained beside them. Step 0 is the bare base.
+    """
+    import pandas
+
+    base = _before(runs)
+    steps = sorted(int(column.partition("@")[2]) for column in runs if column.startswith("target@"))
+    key, measures = ["task", "method", "learning_rate", "seed"], ["target", "facts", "lists", "docs", "code"]
+    start = runs[key].assign(step=0)
+    for measure in measures:
+        start[measure] = runs["task"].map(base[f"{measure}@{steps[-1]}"])
+    parts = [start.assign(retained=1.0)]
+    for step in steps:
+        values = runs[[f"{measure}@{step}" for measure in measures]].set_axis(measures, axis=1)
+        now = runs[key].assign(step=step).join(values)
+        parts.append(now.assign(retained=_retained(runs, base, f"{{}}@{step}", f"@{steps[-1]}")))
+    return pandas.concat(parts).sort_values([*key, "step"], kind="stable", ignore_index=True)
+
+
+def _before(runs):
+    """task -> what the bare base could, as a table."""
+    bare = runs[runs["method"] == "base"]
+    if missing := sorted(set(runs["task"]) - set(bare["task"])):
+        raise ValueError(f"there is no run of the bare base on {missing[0]!r} to compare with: add its method 'base'")
+    return bare.groupby("task").mean(numeric_only=True)
+
+
+def _retained(runs, before, column: str, of_base: str = ""):
+    names = [(column.format(name), name + of_base if of_base else column.format(name)) for name in ("facts", "lists")]
+    return sum(runs[now] / runs["task"].map(before[then]) for now, then in names) / 2
+
+
 # ------------------------------------------------------------------------------------------------- hidden states
 
 
@@ -138,24 +184,22 @@ class Change(NamedTuple):
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """path -> W (out, in) of each linear layer inside the blocks, as the layer computes now.
+    """bare path -> W (out, in) of each linear layer inside the blocks, as the layer computes now.
 
-    Merge an adapter first (`pl.merge`); ValueError for a layer with an active adapter that is not merged. Copies.
+    Merge an adapter first (`pl.merge`); ValueError for a linear layer with an active adapter that is not merged. What
+    an adapter does to other modules (a prompt, a norm) is in none of these matrices. Copies.
     """
     from .baselines import stacks
 
-    there, found = hosts(model), {}
-    inside = tuple(f"{path}." for path in stacks(model))
-    for path, module in model.named_modules():
-        host = there.get(path.removesuffix(".layer"))
-        if path in there or not path.startswith(inside) or not is_linear(module) or ".adapters." in path:
+    inside, found = {id(module) for blocks in stacks(model).values() for module in blocks.modules()}, {}
+    for path, site in sites(model).items():
+        if not is_linear(layer := bare(site)) or id(layer) not in inside:
             continue
-        if host is not None:
-            if left := [n for n in host.switch.active if n in host.adapters and n not in host.merged]:
-                raise ValueError(f"{path.removesuffix('.layer')!r} has {left[0]!r} active and not merged: its weights "
-                                 "are not all that it computes with; pl.merge(model) first")  # fmt: skip
-            path = path.removesuffix(".layer")
-        found[path] = weight_of(module).detach().float().clone()
+        if isinstance(site, Adapted):
+            if left := [n for n in site.switch.active if n in site.adapters and n not in site.merged]:
+                raise ValueError(f"{path!r} has {left[0]!r} active and not merged: its weights are not all that it "
+                                 "computes with; pl.merge(model) first")  # fmt: skip
+        found[path] = weight_of(layer).detach().float().clone()
     return found
 
 
@@ -179,7 +223,7 @@ def effective_rank(W: Tensor) -> float:
 
     0 for a matrix of zeros. Source: Roy and Vetterli 2007, "The effective rank", EUSIPCO, definition 1.
     """
-    sigma = torch.linalg.svdvals(W.double())
+    sigma = torch.linalg.svdvals(W.detach().double())
     p = sigma[sigma > sigma.max() * 1e-12] / sigma.sum()  # what rounding leaves carries nothing
     return float(torch.exp(-(p * p.log()).sum())) if len(p) and math.isfinite(float(sigma.sum())) else 0.0
 
