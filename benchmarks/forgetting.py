@@ -1,7 +1,7 @@
 """Does parameter-efficient fine-tuning forget less? Methods × learning rates × seeds, each run a curve.
 
     python benchmarks/forgetting.py --jobs 2       # writes data/results/forgetting.csv; goes on where it was stopped
-    python benchmarks/forgetting.py --methods full "LoRA r=8 all" --seeds 0 1 2 3 4
+    python benchmarks/forgetting.py --methods full --rates 2e-4 --seeds 0 1 2 3 4 5 6 7     # more seeds at one rate
     python benchmarks/forgetting.py --methods DoRA --steps 3 --out /tmp/try.csv     # any registered method, by its name
 
 The question: when a method has learned the new task to some degree, how much of what the base knew is left, and does
@@ -102,9 +102,9 @@ def rates_of(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 def experiment(
     tasks: Sequence[str] = ("sql",), methods: Sequence[str] = tuple(METHODS), seeds: Sequence[int] = SEEDS,
-    steps: int = STEPS,
+    steps: int = STEPS, rates: Sequence[float] = (),
 ) -> lab.Experiment:  # fmt: skip
-    """All methods on the tasks, at all their rates, with all seeds; the base and the tasks as they lie here."""
+    """All methods on the tasks, at all their rates (or just these), with all seeds; base and tasks as they lie here."""
     cases = []
     for task in tasks:
         base, data = lab.fingerprints(task)
@@ -113,7 +113,8 @@ def experiment(
             own = {"of": of, "hyper": json.dumps(hyper), "targets": targets or "", "quantized": int(quantized)}
             settings = own | {"steps": steps, "batch_size": BATCH, "base": base, "data": data}
             settings["config"] = lab.config_hash({"task": task, "method": name, **settings})
-            cases.append(lab.Case({"task": task, "method": name}, settings, *rates_of(name)))
+            grid, beyond = (tuple(rates), ()) if rates else rates_of(name)
+            cases.append(lab.Case({"task": task, "method": name}, settings, grid, beyond))
     return lab.Experiment(tuple(cases), MEASURED, execute, tuple(seeds), sweep=True)
 
 
@@ -256,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=tuple(METHODS), metavar="METHOD",
                         help=f"of {', '.join(METHODS)}, or a registered class")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the first one finds the rates")
+    parser.add_argument("--rates", type=float, nargs="+", default=(), help="just these (default: each method's own)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps per run (default {STEPS})")
     parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default 1)")
     options = parser.parse_args(arguments)
@@ -263,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"there is no method {wrong[0]!r}; there are {', '.join([*METHODS, *pl.METHODS])}")
     if min(options.steps, options.jobs) < 1:
         parser.error("--steps and --jobs start at 1")
-    plan = experiment(options.tasks, options.methods, options.seeds, options.steps)
+    plan = experiment(options.tasks, options.methods, options.seeds, options.steps, options.rates)
     try:
         lab.work(plan, options.out, options.jobs)
     finally:
