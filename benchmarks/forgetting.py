@@ -76,7 +76,7 @@ METHODS = {
     "LoRA r=2 all": lora(2, "all-linear", 1e-2),
     "LoRA r=64 all": lora(64, "all-linear", 5e-3),
     "LoRA r=8 q,v": lora(8, "q_proj|v_proj", 2e-2),
-    "LoRA r=64 q,v": lora(64, "q_proj|v_proj", 1e-2),
+    "LoRA r=8 last 2": lora(8, r"layers\.[45]\..*_proj", 2e-2),  # all linear layers of the last two blocks of six
     "QLoRA r=8 all": lora(8, "all-linear", 1e-2, quantized=True),
     "Houlsby": Method("Houlsby", 1e-2),
     "PrefixTuning": Method("PrefixTuning", 1e-1, {"k": 20}),
