@@ -1,4 +1,4 @@
-"""The comparison of the classic methods: its plan, one run for real on a tiny model, and what was recorded."""
+"""The leaderboard's experiment: who takes part, its plan, runs for real on a tiny model, and what was recorded."""
 
 import importlib.util
 import json
@@ -24,8 +24,68 @@ def tiny(monkeypatch):
     return tiny_experiment(monkeypatch, classic, hidden_size=48, num_hidden_layers=6, intermediate_size=24)
 
 
+@pytest.fixture
+def ours(monkeypatch):
+    """The registry without classes of other test files: peftlab's own."""
+    for name, method in list(pl.METHODS.items()):
+        if not method.__module__.startswith("peftlab."):
+            monkeypatch.delitem(pl.METHODS, name)
+    return pl.METHODS
+
+
+def recorded():
+    """The plan without methods that joined: what data/results/classic.csv holds in any case."""
+    return classic.experiment(methods=tuple(classic.METHODS))
+
+
+def test_every_registered_class_takes_part_or_is_excluded_with_a_reason(ours, tiny):
+    table = {method.of for method in classic.METHODS.values()} - {None}
+    joined, excluded = set(classic.joined()), set(classic.EXCLUDED)
+    assert table | joined | excluded == set(ours), "excluded is what is not registered any more"
+    assert not (table & joined or table & excluded or joined & excluded)
+    assert all(len(reason.split()) >= 4 for reason in classic.EXCLUDED.values())
+    assert list(classic.everyone())[: len(classic.METHODS)] == list(classic.METHODS)
+    for name in joined:
+        model = classic.prepared(name)
+        assert any(p.requires_grad for p in model.parameters()), f"{name} cannot be trained alone: EXCLUDED says why"
+    for name in ("AdapterFusion", "Gated", "TrainableTokens"):
+        with pytest.raises(ValueError):
+            pl.attach(classic.base()[0], name)
+
+
+def test_a_class_joins_by_being_registered(ours, tiny, monkeypatch):
+    class Later(pl.METHODS["IA3"]):
+        pass
+
+    monkeypatch.setitem(ours, "Later", ours.pop("Later"))  # its registration ends with the test
+    assert classic.joined()["Later"] == classic.Method("Later", 1e-2, {}, None)
+    plan = classic.experiment(["reviews"], steps=2)
+    (case,) = [case for case in plan.cases if case.key["method"] == "Later"]
+    assert case.grid == (3e-3, 1e-2, 3e-2) and case.settings["hyper"] == "{}" and case.settings["targets"] == ""
+    assert [case.key["method"] for case in plan.cases] == list(classic.everyone())
+    row = classic.execute(lab.Run(case, 1e-2, 0))
+    same = classic.execute(lab.Run(classic.experiment(["reviews"], ["IA3"], steps=2).cases[0], 1e-2, 0))
+    assert all(row[column] == same[column] for column in classic.MEASURED if column != "seconds")
+    found = classic.cost(["Later"], rounds=2)["methods"]
+    assert [line["method"] for line in found] == ["full", "Later"] and found[1]["mergeable"]
+
+
+def test_with_no_names_all_that_take_part_are_measured(ours, tiny, monkeypatch):
+    monkeypatch.setattr(classic, "METHODS", {name: classic.METHODS[name] for name in ("full", "IA3")})
+    monkeypatch.setattr(classic, "joined", lambda: {"BitFit": classic.Method("BitFit", 1e-2, {}, "all-linear")})
+    assert [line["method"] for line in classic.cost(rounds=2)["methods"]] == ["full", "IA3", "BitFit"]
+    assert [case.key["method"] for case in classic.experiment(["sql"]).cases] == ["full", "IA3", "BitFit"]
+
+
+@pytest.mark.parametrize("name", ["AdapterFusion", "Lora"])
+def test_main_refuses_what_does_not_take_part(name, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        classic.main(["--methods", name, "--out", str(tmp_path / "runs.csv")])
+    assert f"invalid choice: '{name}'" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_plan():
-    cases = classic.experiment().cases
+    cases = recorded().cases
     assert len(cases) == len({str(case) for case in cases}) == 3 * len(classic.METHODS)
     for case in cases:
         middle = classic.METHODS[case.key["method"]].rate
@@ -88,15 +148,21 @@ def test_cost_of_every_method(tiny):
 
 def test_recorded_rows_are_complete_and_of_this_base_model():
     """Another base model or task in data/ makes the record out of date: run the experiment again."""
-    rows, plan = lab.rows_of(classic.OUT, classic.experiment().columns), classic.experiment()
-    assert lab.left(rows, plan) == 0 and len(lab.made(classic.OUT, plan)) == len(rows), "rows of other settings"
+    plan = recorded()
+    rows, everyone = lab.rows_of(classic.OUT, plan.columns), set(classic.everyone())
+    assert lab.left(rows, plan) == 0, "there is nothing to do for what is recorded"
+    there = {row["method"] for row in rows}
+    assert set(classic.METHODS) <= there <= everyone, "rows of methods that do not take part"
+    whole = classic.experiment(methods=[name for name in classic.everyone() if name in there])
+    assert len(lab.made(classic.OUT, whole)) == len(rows), "rows of other settings"
     assert all(row[column] for row in rows for column in ("date", "commit", "hardware", "torch"))
     found = lab.summary(lab.read("classic"), ["task", "method"])
-    assert len(found) == len(plan.cases) and (found.seeds == 3).all()
+    assert lab.left(rows, whole) == 0 and len(found) == len(whole.cases) and (found.seeds == 3).all()
 
 
 def test_recorded_costs_have_all_methods_with_their_counts():
     costs, runs = lab.costs("classic"), lab.read("classic")
-    assert list(costs.index) == list(classic.METHODS)
+    assert list(costs.index)[: len(classic.METHODS)] == list(classic.METHODS)
+    assert set(costs.index) <= set(classic.everyone())
     for name, counts in runs.groupby("method")["parameters"]:
-        assert set(counts) == {costs.parameters[name]}
+        assert name not in costs.index or set(counts) == {costs.parameters[name]}
