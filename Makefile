@@ -10,7 +10,8 @@ FIXED := env -u PEFTLAB_BASE OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 CUDA_VISIBLE_DE
 NBVAL ?= --nbval
 ARGS ?=
 NB ?=
-# lora_rank.py, classic.py and qlora.py are experiments of half an hour and more with recorded results: run by hand;
+# lora_rank.py, classic.py, qlora.py, forgetting.py and remedies.py are experiments of half an hour and more with
+# recorded results: run by hand;
 # quantize_memory.py and vram_published.py take minutes, nf4_gpu.py and vram_gpu.py a GPU
 BENCHMARKS := benchmarks/step.py benchmarks/count.py benchmarks/nf4.py
 

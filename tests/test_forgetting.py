@@ -70,7 +70,8 @@ def test_plan(files):
     _, forgetting = files
     plan = forgetting.experiment()
     cases = plan.cases
-    assert [case.key["method"] for case in cases] == list(forgetting.METHODS) and plan.sweep and len(plan.seeds) == 3
+    assert [case.key["method"] for case in cases] == list(forgetting.METHODS)
+    assert plan.sweep == 0.1 and len(plan.seeds) == 3
     assert len({case.settings["config"] for case in cases}) == len(cases)
     assert {case.settings["steps"] for case in cases} == {200}, "one budget for all"
     assert {one.of for one in forgetting.METHODS.values()} - {"base", "full", "last_layers"} <= set(pl.METHODS)
@@ -266,7 +267,11 @@ def test_recorded_rows_are_complete_and_of_this_plan(files):
         mine = [row for row in rows if case.key.items() <= row.items()]
         for seed in plan.seeds:
             rates = {row["learning_rate"] for row in mine if int(row["seed"]) == seed}
-            assert rates == {"0.0"} if case.key["method"] == "base" else len(rates) >= 5
+            if case.key["method"] == "base":
+                assert rates == {"0.0"}
+            else:
+                swept = max(float(row["valid_accuracy"]) for row in mine if row["seed"] == "0") >= plan.sweep
+                assert len(rates) >= (5 if seed == 0 or swept else 1)
 
 
 @pytest.mark.skipif(not RECORDED.exists(), reason="not recorded yet: python benchmarks/forgetting.py")
