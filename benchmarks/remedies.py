@@ -8,10 +8,10 @@ one or two strengths, chosen before the first run and not tuned:
 
 - rehearsal: the share of the rows that are old text (5 and 20 %): half of it the invented world, half documentation and
   code. The steps stay the same, so the task gets that much less.
-- decay: η·λ, the share of the way back to the start that each step goes at the peak rate (0.003 and 0.03).
+- decay: η·λ, the share of the way back to the start that each step goes at the peak rate (0.03).
 - KL old: λ of the divergence from the base on 4 old texts a step (1). KL prompts: the same on the task's own questions,
   which needs no old text. Both nearly double the cost of a step.
-- interpolation: after training, a of θ₀ + a·(θ − θ₀) (0.5 and 0.75): WiSE-FT; of LoRA, its scale times a.
+- interpolation: after training, a of θ₀ + a·(θ − θ₀) (0.5): WiSE-FT; of LoRA, its scale times a.
 
 What is measured is as in forgetting.py. Another remedy needs no experiment: the adapter is switched off for requests
 that are not about the task, and the base is back, bit for bit.
@@ -39,10 +39,10 @@ OUT, SEEDS = DATA / "results" / "remedies.csv", (0, 1, 2)
 METHODS = ("full", "LoRA r=8 all")
 REMEDIES = {
     "rehearsal": (0.05, 0.2),
-    "decay": (0.003, 0.03),
+    "decay": (0.03,),
     "KL old": (1.0,),
     "KL prompts": (1.0,),
-    "interpolation": (0.5, 0.75),
+    "interpolation": (0.5,),
 }
 OLD = 400  # old texts at hand
 

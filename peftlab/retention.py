@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,26 @@ def curves(runs):
         now = runs[key].assign(step=step).join(values)
         parts.append(now.assign(retained=_retained(runs, base, f"{{}}@{step}", f"@{steps[-1]}")))
     return pandas.concat(parts).sort_values([*key, "step"], kind="stable", ignore_index=True)
+
+
+def at_equal_learning(runs, level: float):
+    """What is retained where `level` was learned (test_accuracy): a table with task, method, seed, retained.
+
+    The runs of a method and seed, by rising learning rate, are points (learned, retained) on a path that begins at the
+    base, (0, 1); between two of them the line is straight. Taken is the first place on it that has the level, so no rate
+    has to be chosen. Who does not get there with a seed has no row.
+    """
+    import pandas
+
+    rows = []
+    for key, mine in with_retained(runs).query("method != 'base'").groupby(["task", "method", "seed"], sort=False):
+        mine = mine.sort_values("learning_rate")
+        path = [(0.0, 1.0), *zip(mine["test_accuracy"], mine["retained"], strict=True)]
+        for (t0, r0), (t1, r1) in pairwise(path):
+            if t0 < level <= t1:
+                rows.append((*key, r0 + (level - t0) / (t1 - t0) * (r1 - r0)))
+                break
+    return pandas.DataFrame(rows, columns=["task", "method", "seed", "retained"])
 
 
 def _before(runs):

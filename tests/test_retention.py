@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import pandas as pd
 import pytest
 import torch
 from families import TARGETS, build, shake
@@ -296,3 +297,48 @@ def test_the_threshold_of_intruders_is_a_cosine():
     after = W + 1e6 * torch.outer(turned, turned)
     assert retention.intruders(W, after, k=1, similar=0.49) == 0
     assert retention.intruders(W, after, k=1, similar=0.51) == 1
+
+
+# ------------------------------------------------------------------------------------------------- equal learning
+
+
+def recorded(*points, method="m", seed=0):
+    """A table of runs as (learning rate, learned, facts, lists), beside a base that knows four fifths of the facts."""
+    rows = [("base", 0.0, 0, 0.0, 0.8, 1.0)] + [(method, rate, seed, *rest) for rate, *rest in points]
+    columns = ["method", "learning_rate", "seed", "test_accuracy", "test_facts", "test_lists"]
+    return pd.DataFrame(rows, columns=columns).assign(task="sql")
+
+
+def test_retained_is_relative_to_the_base():
+    found = retention.with_retained(recorded((0.1, 0.5, 0.4, 0.5), (0.2, 0.5, 0.0, 0.0)))
+    assert found["retained"].tolist() == [1.0, 0.5, 0.0]
+    with pytest.raises(ValueError, match="no run of the bare base on 'sql'"):
+        retention.with_retained(recorded((0.1, 0.5, 0.4, 0.5)).iloc[1:])
+
+
+@pytest.mark.parametrize("level, expected", [(0.2, 0.75), (0.4, 0.5), (0.5, 0.25), (0.6, 0.0), (0.7, None)])
+def test_equal_learning_lies_on_the_path_from_the_base(level, expected):
+    runs = recorded((0.2, 0.6, 0.0, 0.0), (0.1, 0.4, 0.4, 0.5), (0.4, 0.5, 0.8, 1.0))  # in any order
+    assert retention.at_equal_learning(runs, level)["retained"].tolist() == pytest.approx(
+        [] if expected is None else [expected]
+    )
+
+
+def test_equal_learning_is_the_first_place_of_each_seed():
+    falling = recorded((0.1, 0.5, 0.8, 1.0), (0.2, 0.1, 0.4, 0.5), (0.3, 0.5, 0.0, 0.0))
+    other = recorded((0.1, 0.4, 0.4, 0.5), seed=1).iloc[1:]
+    found = retention.at_equal_learning(pd.concat([falling, other]), 0.3)
+    assert found.to_dict("records") == [
+        {"task": "sql", "method": "m", "seed": 0, "retained": 1.0},
+        {"task": "sql", "method": "m", "seed": 1, "retained": pytest.approx(0.625)},
+    ]
+
+
+def test_curves_begin_at_the_base():
+    runs = recorded((0.1, 0.4, 0.4, 0.5))
+    for step, share in ((25, 0.5), (50, 0.25)):
+        for name, whole in (("facts", 0.8), ("lists", 1.0), ("docs", 3.0), ("code", 2.0), ("target", 0.2)):
+            runs[f"{name}@{step}"] = [whole, share * whole]
+    found = retention.curves(runs).query("method == 'm'")
+    assert found["step"].tolist() == [0, 25, 50] and found["retained"].tolist() == pytest.approx([1, 0.5, 0.25])
+    assert found["facts"].tolist() == pytest.approx([0.8, 0.4, 0.2]) and found["docs"].tolist() == [3.0, 1.5, 0.75]
