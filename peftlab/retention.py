@@ -133,8 +133,8 @@ def at_equal_learning(runs, level: float):
     """What is retained where `level` was learned (test_accuracy): a table with task, method, seed, retained.
 
     The runs of a method and seed, by rising learning rate, are points (learned, retained) on a path that begins at the
-    base, (0, 1); between two of them the line is straight. Taken is the first place on it that has the level, so no rate
-    has to be chosen. Who does not get there with a seed has no row.
+    base, (0, 1). Between two of them the line is straight. Taken is the first place on the path with this level, so no
+    rate has to be chosen. Who does not get there with a seed has no row.
     """
     import pandas
 
