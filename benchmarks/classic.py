@@ -133,7 +133,7 @@ def base():
     import peftlab as pl
 
     torch.set_num_threads(1)
-    return pl.load_base(DATA / "base", device="cpu")
+    return pl.load_base(DATA / "base", device=os.environ.get("PEFTLAB_DEVICE", "cpu"))
 
 
 @cache

@@ -2,6 +2,7 @@
 
     python benchmarks/forgetting.py --jobs 2       # writes data/results/forgetting.csv; goes on where it was stopped
     python benchmarks/forgetting.py --methods full --rates 2e-4 --seeds 0 1 2 3 4 5 6 7     # more seeds at one rate
+    PEFTLAB_DEVICE=cuda python benchmarks/forgetting.py --jobs 4 --out data/results/forgetting_gpu.csv
     python benchmarks/forgetting.py --methods DoRA --steps 3 --out /tmp/try.csv     # any registered method, by its name
 
 The question: when a method has learned the new task to some degree, how much of what the base knew is left, and does

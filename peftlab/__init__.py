@@ -29,7 +29,7 @@ _HOME = {  # name -> module that defines it
     "course.source": ["show"],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("base", "core", "course", "evaluate", "files", "inits", "kbit", "lab", "layers", "methods",
+_ROOMS = ("base", "core", "course", "evaluate", "files", "inits", "kbit", "lab", "layers", "leaderboard", "methods",
           "nf4", "paths", "remedies", "retention", "shapes", "sites", "tasks", "vocabulary", "vram")  # fmt: skip
 
 
