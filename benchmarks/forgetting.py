@@ -261,15 +261,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the first one finds the rates")
     parser.add_argument("--rates", type=float, nargs="+", default=(), help="just these (default: each method's own)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps per run (default {STEPS})")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default 1)")
+    parser.add_argument("--jobs", type=int, help="processes of one thread each (default: as many as fit)")
+    parser.add_argument("--engine", choices=lab.ENGINES, default="processes", help="ray: on a cluster")
+    parser.add_argument("--address", help="of a running Ray cluster (default: one is started here)")
     options = parser.parse_args(arguments)
     if wrong := [name for name in options.methods if name not in METHODS and name not in pl.METHODS]:
         parser.error(f"there is no method {wrong[0]!r}; there are {', '.join([*METHODS, *pl.METHODS])}")
-    if min(options.steps, options.jobs) < 1:
+    if min(options.steps, options.jobs or 1) < 1:
         parser.error("--steps and --jobs start at 1")
     plan = experiment(options.tasks, options.methods, options.seeds, options.steps, options.rates)
     try:
-        lab.work(plan, options.out, options.jobs)
+        lab.work(plan, options.out, options.jobs, options.engine, options.address)
     finally:
         print(table(options.out, plan))
 

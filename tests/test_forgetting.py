@@ -143,7 +143,7 @@ def test_main_goes_on_from_a_file_and_prints_each_method_at_its_best_rate(tiny, 
     rows = [lab.wanted(lab.Run(case, rate, 0)) | made | (best if rate == case.grid[2] else {}) for rate in case.grid]
     plan = forgetting.experiment(["reviews"], ["IA3"], seeds=[0], steps=3)
     lab.write(tmp_path / "runs.csv", rows, plan.columns)
-    monkeypatch.setattr(lab, "work", lambda plan, path, jobs: print(lab.left(lab.rows_of(path, plan.columns), plan)))
+    monkeypatch.setattr(lab, "work", lambda plan, path, *_: print(lab.left(lab.rows_of(path, plan.columns), plan)))
     forgetting.main(["--tasks", "reviews", "--methods", "IA3", "--seeds", "0", "--steps", "3", "--out",
                      str(tmp_path / "runs.csv")])  # fmt: skip
     said = capsys.readouterr().out.splitlines()

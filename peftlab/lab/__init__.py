@@ -17,7 +17,7 @@ run again and replaced. To run something again, delete its row.
 `statistics` says what can be claimed of them.
 """
 
-from .engine import conduct, fitting_jobs, last, time_left, train_run, work
+from .engine import ENGINES, conduct, fitting_jobs, last, time_left, train_run, work
 from .plan import (
     ORIGIN,
     Case,
@@ -60,8 +60,8 @@ from .table import (
 )
 
 __all__ = [
-    "ORIGIN", "RESULTS", "Case", "Comparison", "Experiment", "Interval", "Row", "Run", "best", "bootstrap", "chosen",
-    "compare", "compare_methods", "conduct", "config_hash", "costs", "find", "fingerprint", "fingerprints",
+    "ENGINES", "ORIGIN", "RESULTS", "Case", "Comparison", "Experiment", "Interval", "Row", "Run", "best", "bootstrap",
+    "chosen", "compare", "compare_methods", "conduct", "config_hash", "costs", "find", "fingerprint", "fingerprints",
     "fitting_jobs", "holm", "last", "left", "left_of", "made", "markdown", "measured_row", "pending", "put", "read",
     "rows_of", "seeds_range", "summary", "time_left", "train_run", "tried", "wanted", "without_old", "work", "write",
 ]  # fmt: skip
