@@ -267,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if wrong := [name for name in options.methods if name not in METHODS and name not in pl.METHODS]:
         parser.error(f"there is no method {wrong[0]!r}; there are {', '.join([*METHODS, *pl.METHODS])}")
-    if min(options.steps, options.jobs or 1) < 1:
+    if options.steps < 1 or (options.jobs is not None and options.jobs < 1):
         parser.error("--steps and --jobs start at 1")
     plan = experiment(options.tasks, options.methods, options.seeds, options.steps, options.rates)
     try:

@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--engine", choices=lab.ENGINES, default="processes", help="ray: on a cluster")
     parser.add_argument("--address", help="of a running Ray cluster (default: one is started here)")
     options = parser.parse_args(arguments)
-    if min(options.steps, options.jobs or 1) < 1:
+    if options.steps < 1 or (options.jobs is not None and options.jobs < 1):
         parser.error("--steps and --jobs start at 1")
     plan = experiment(methods=options.methods, steps=options.steps, grid=options.grid)
     try:
