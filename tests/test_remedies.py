@@ -1,12 +1,14 @@
 """Remedies against forgetting: each does what its formula says, and nothing else."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
 from families import VOCABULARY, build
 
 import peftlab as pl
+from peftlab.base import text
 from peftlab.layers import weight_of
 from peftlab.remedies import DecayToStart, KLToBase, decay_to_start, interpolate, old_texts, rehearse, rescale
 from peftlab.rows import collate, encode
@@ -66,14 +68,14 @@ def test_impossible_shares_and_missing_texts_are_refused(share):
         rehearse(ROWS, [], 0.5)
 
 
-def test_old_texts_are_of_pretraining_and_not_of_its_held_out_part():
-    from peftlab.base.text import standard_library
-
+def test_old_texts_are_of_pretraining_and_not_of_its_held_out_part(monkeypatch):
+    standard_library = cache(text.standard_library)  # reading it takes seconds
+    monkeypatch.setattr(text, "standard_library", standard_library)
     found, again = old_texts(40), old_texts(40)
     assert found == again and len(found) == 40 and found != old_texts(40, seed=1)
     held_out = "".join(sum(standard_library(held_out=True).values(), []))
-    assert all(found[20:]) and not any(text in held_out for text in found[20:] if len(text) > 100)
-    assert sum("Question:" in text for text in found[:20]) >= 8
+    assert all(found[20:]) and not any(piece in held_out for piece in found[20:] if len(piece) > 100)
+    assert sum("Question:" in piece for piece in found[:20]) >= 8
 
 
 # ---------------------------------------------------------------------------------------------------- decay
