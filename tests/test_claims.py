@@ -19,7 +19,8 @@ VERDICTS = {
     "adapter_megabytes": "holds if", "seventy_on_disk": "holds", "ten_tasks": "holds",
     "eighty_gigabytes": "holds if", "sixteen_gigabytes": "holds", "qlora_65b": "holds if",
     "one_percent_of_the_cost": "wrong",
-    "no_latency": "holds if", "forgetting": "later",
+    "no_latency": "holds if", "forgetting": "holds if", "stability": "wrong", "most_are_frozen": "wrong",
+    "full_forgets": "holds",
 }  # fmt: skip
 
 
