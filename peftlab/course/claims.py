@@ -835,7 +835,7 @@ def stability() -> Finding:
     assert ranges["LoRA r=8 all"] <= ranges["full"]
     return Finding(
         "SQL, three seeds at each of at least five rates: accuracy is within a fifth of its best over rates that "
-        f"differ by a factor of {ranges['LoRA r=8 all']:.3g} for LoRA and of {ranges['full']:.3g} for full fine-tuning; "
+        f"differ by a factor of {ranges['LoRA r=8 all']:.3g} for LoRA, {ranges['full']:.3g} for full fine-tuning; "
         f"seeds at the best rate are {spread['LoRA r=8 all']:.0f} and {spread['full']:.0f} points apart. See lesson 11",
         "wrong: no more than full fine-tuning is",
     )
@@ -870,8 +870,8 @@ def forgetting() -> Finding:
     assert found["off"] == 0 and best.retained.max() < 0.5
     return Finding(
         "with the adapter off, the base is there to the last bit. With it on, trained at its best rate for SQL, "
-        f"LoRA retains {100 * best.retained.mean():.0f} % of the facts and list skills of our base ({len(best)} seeds, at most "
-        f"{100 * best.retained.max():.0f} %). See lesson 10",
+        f"LoRA retains {100 * best.retained.mean():.0f} % of the facts and list skills of our base ({len(best)} seeds, "
+        f"at most {100 * best.retained.max():.0f} %). See lesson 10",
         "holds if the adapter is switched off; with it on, what the base knew goes as the rate rises",
     )
 
