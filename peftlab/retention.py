@@ -146,7 +146,8 @@ def at_equal_learning(runs, level: float):
             if t0 < level <= t1:
                 rows.append((*key, r0 + (level - t0) / (t1 - t0) * (r1 - r0)))
                 break
-    return pandas.DataFrame(rows, columns=["task", "method", "seed", "retained"])
+    found = pandas.DataFrame(rows, columns=["task", "method", "seed", "retained"])
+    return found.astype({"seed": int, "retained": float})  # also where there is no row
 
 
 def _before(runs):
