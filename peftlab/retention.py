@@ -134,7 +134,7 @@ def at_equal_learning(runs, level: float):
 
     The runs of a method and seed, by rising learning rate, are points (learned, retained) on a path that begins at the
     base, (0, 1). Between two of them the line is straight. Taken is the first place on the path with this level, so no
-    rate has to be chosen. Who does not get there with a seed has no row.
+    rate has to be chosen. A seed that never reaches the level has no row.
     """
     import pandas
 

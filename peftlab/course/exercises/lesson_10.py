@@ -65,7 +65,7 @@ def _points() -> list[tuple]:
 
 @exercise(LESSON, "a point is out if another is at least as good in both, and better in one", _points)
 def on_frontier(points):
-    """Return the list of points (target, retained) that no other point beats, in their order.
+    """Return the list of points (target, retained) that no other point beats, in the order given.
 
     Higher is better in both. A point is beaten by one that is at least as good in both and better in one.
     Equal points do not beat each other.

@@ -108,7 +108,7 @@ three_seeds = prediction(
     "Two methods, three seeds each, paired. The first is better with every seed. What is the smallest p-value that an "
     "exact two-sided test can give?",
     right="0.25",
-    why="There are 2³ = 8 sign patterns; all plus and all minus are the two most extreme ones: 2/8. Three seeds never "
+    why="There are 2³ = 8 sign patterns; all plus and all minus are the two most extreme ones: 2/8. Three pairs never "
     "suffice.",
     wrong={
         "0": "the pattern that was seen is one of those that are counted",
@@ -117,8 +117,8 @@ three_seeds = prediction(
     },
 )
 
-thousand_users = prediction(
-    "thousand_users",
+many_users = prediction(
+    "many_users",
     LESSON,
     "A service keeps an adapter for each of its 100,000 users, and most are idle. All use one base. Which property of "
     "the method matters most?",

@@ -40,7 +40,7 @@ QUESTIONS = (
         ),
     ),
     Question(
-        "Half of a LoRA's ΔW is taken away after training. Which method is this, for full fine-tuning?",
+        "After training, a LoRA's ΔW is multiplied by ½. What is the same called for a fully fine-tuned model?",
         (
             yes(
                 "WiSE-FT: interpolating between the weights before and after.",

@@ -4,7 +4,7 @@ from ._frame import Question, no, yes
 
 QUESTIONS = (
     Question(
-        "Method A is the best on the leaderboard. What does “it is on the Pareto front” say beside that?",
+        "Method A is on the Pareto front of quality and memory. What does that say?",
         (
             yes(
                 "No other method is at least as good and at least as cheap, and better in one of the two.",
