@@ -31,7 +31,6 @@ def test_claim(one):
     assert one.texts and set(one.texts) <= set(TEXTS) and one.topic in TOPICS
     assert 10 < len(one.says) < 160 and len(found) > 20
     assert kind(verdict) == VERDICTS.get(one.name, kind(verdict))
-    assert kind(verdict) != "later" or "lesson" in verdict
 
 
 def test_every_text_and_topic_is_audited():

@@ -1,9 +1,9 @@
 """The claims audit: what five introductory texts on PEFT say, and what comes out when it is computed.
 
 A claim is a short quotation or paraphrase, the texts that make it, and a function that finds out: a sentence with our
-numbers, of which it asserts those that the verdict rests on, and the verdict. Verdicts begin with "holds", "holds if",
-"wrong" or "later"; "later" has to be measured, and says in which lesson. A word that is used in two senses is given the
-one in which the claim holds, as a condition. Matters of opinion, fashion and price are not in the list.
+numbers, of which it asserts those that the verdict rests on, and the verdict. Verdicts begin with "holds", "holds if"
+or "wrong"; some rest on what another lesson measures, and say so. A word that is used in two senses is given the one in
+which the claim holds, as a condition. Matters of opinion, fashion and price are not in the list.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def table(rows: Iterable[tuple[Claim, Finding]]) -> Any:
 
 
 def kind(verdict: str) -> str:
-    """holds, holds if, wrong or later"""
-    return next(word for word in ("holds if", "holds", "wrong", "later") if verdict.startswith(word))
+    """holds, holds if or wrong"""
+    return next(word for word in ("holds if", "holds", "wrong") if verdict.startswith(word))
 
 
 # ------------------------------------------------------------------------------------------------------- what is used
