@@ -169,13 +169,19 @@ def merged(model) -> bool:
     return True
 
 
-def judge(model, task: str, split: str) -> tuple[float, float]:
-    """(accuracy, share of answers of the right form: SQL that runs, one of the classes, the right voice)."""
+def scored(model, task: str, some: Sequence[dict]):
+    """The Score of some of a task's rows: the share that is answered right."""
     from peftlab.evaluate import exact_match, execution_accuracy
-    from peftlab.tasks.voices import style_of
 
     measure = execution_accuracy if task == "sql" else exact_match
-    score = measure(model, base()[1], rows(task)[split], max_new_tokens=TOKENS[task])
+    return measure(model, base()[1], some, max_new_tokens=TOKENS[task])
+
+
+def judge(model, task: str, split: str) -> tuple[float, float]:
+    """(accuracy, share of answers of the right form: SQL that runs, one of the classes, the right voice)."""
+    from peftlab.tasks.voices import style_of
+
+    score = scored(model, task, rows(task)[split])
     form = {
         "sql": lambda answer: not answer["error"],
         "reviews": lambda answer: answer["got"] in ("positive", "negative"),

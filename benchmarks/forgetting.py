@@ -148,22 +148,15 @@ def exams():
 
 def glance(model, task: str) -> dict[str, float]:
     """The task and what is retained, on (half of) the VALID sets."""
-    from peftlab.evaluate import exact_match, execution_accuracy
-
-    tokenizer, judge = classic.base()[1], execution_accuracy if task == "sql" else exact_match
-    rows = classic.rows(task)["valid"][:100]
-    found = {"target": judge(model, tokenizer, rows, classic.TOKENS[task]).value}
-    return found | {name: score.value for name, score in exams()[0].take(model, tokenizer).items()}
+    found = {"target": classic.scored(model, task, classic.rows(task)["valid"][:100]).value}
+    return found | {name: score.value for name, score in exams()[0].take(model, classic.base()[1]).items()}
 
 
 def tested(model, task: str) -> dict[str, float]:
     """The same on the TEST sets; of sql those questions that are like the training's (the split `iid`)."""
-    from peftlab.evaluate import exact_match, execution_accuracy
-
-    tokenizer, judge = classic.base()[1], execution_accuracy if task == "sql" else exact_match
     rows = [row for row in classic.rows(task)["test"] if task != "sql" or row["split"] == "iid"]
-    found = {"test_accuracy": judge(model, tokenizer, rows, classic.TOKENS[task]).value}
-    return found | {f"test_{name}": score.value for name, score in exams()[1].take(model, tokenizer).items()}
+    found = {"test_accuracy": classic.scored(model, task, rows).value}
+    return found | {f"test_{name}": score.value for name, score in exams()[1].take(model, classic.base()[1]).items()}
 
 
 def settled(model) -> bool:
@@ -250,6 +243,27 @@ def table(path: Path, plan: lab.Experiment) -> str:
     return lab.markdown(head, body)
 
 
+def add_running(parser: argparse.ArgumentParser) -> None:
+    """The options of how an experiment is run; remedies.py has them too."""
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps per run (default {STEPS})")
+    parser.add_argument("--jobs", type=int, help="processes of one thread each (default: as many as fit)")
+    parser.add_argument("--engine", choices=lab.ENGINES, default="processes", help="ray: on a cluster")
+    parser.add_argument("--address", help="of a running Ray cluster (default: one is started here)")
+
+
+def check_running(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if options.steps < 1 or (options.jobs is not None and options.jobs < 1):
+        parser.error("--steps and --jobs start at 1")
+
+
+def work(plan: lab.Experiment, options: argparse.Namespace, table: Callable[[Path, lab.Experiment], str]) -> None:
+    """Run what is missing, and print the table of what there is, also after an interruption."""
+    try:
+        lab.work(plan, options.out, options.jobs, options.engine, options.address)
+    finally:
+        print(table(options.out, plan))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     import peftlab as pl
 
@@ -260,20 +274,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help=f"of {', '.join(METHODS)}, or a registered class")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the first one finds the rates")
     parser.add_argument("--rates", type=float, nargs="+", default=(), help="just these (default: each method's own)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps per run (default {STEPS})")
-    parser.add_argument("--jobs", type=int, help="processes of one thread each (default: as many as fit)")
-    parser.add_argument("--engine", choices=lab.ENGINES, default="processes", help="ray: on a cluster")
-    parser.add_argument("--address", help="of a running Ray cluster (default: one is started here)")
+    add_running(parser)
     options = parser.parse_args(arguments)
     if wrong := [name for name in options.methods if name not in METHODS and name not in pl.METHODS]:
         parser.error(f"there is no method {wrong[0]!r}; there are {', '.join([*METHODS, *pl.METHODS])}")
-    if options.steps < 1 or (options.jobs is not None and options.jobs < 1):
-        parser.error("--steps and --jobs start at 1")
+    check_running(parser, options)
     plan = experiment(options.tasks, options.methods, options.seeds, options.steps, options.rates)
-    try:
-        lab.work(plan, options.out, options.jobs, options.engine, options.address)
-    finally:
-        print(table(options.out, plan))
+    work(plan, options, table)
 
 
 if __name__ == "__main__":

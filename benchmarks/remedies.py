@@ -118,18 +118,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="the file to write, and of the runs to go on from")
     parser.add_argument("--grid", type=Path, default=forgetting.OUT, help="where the best rates are read from")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--steps", type=int, default=forgetting.STEPS, help=f"of a run (default {forgetting.STEPS})")
-    parser.add_argument("--jobs", type=int, help="processes of one thread each (default: as many as fit)")
-    parser.add_argument("--engine", choices=lab.ENGINES, default="processes", help="ray: on a cluster")
-    parser.add_argument("--address", help="of a running Ray cluster (default: one is started here)")
+    forgetting.add_running(parser)
     options = parser.parse_args(arguments)
-    if options.steps < 1 or (options.jobs is not None and options.jobs < 1):
-        parser.error("--steps and --jobs start at 1")
+    forgetting.check_running(parser, options)
     plan = experiment(methods=options.methods, steps=options.steps, grid=options.grid)
-    try:
-        lab.work(plan, options.out, options.jobs, options.engine, options.address)
-    finally:
-        print(table(options.out, plan))
+    forgetting.work(plan, options, table)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .core import Adapted
 from .evaluate import Score, exact_match, token_loss
 from .layers import is_linear, weight_of
+from .runtime import mode
 from .sites import bare, sites
 
 DOCS, CODE = 600, 1500  # characters of a text that are read: many short texts say more than few long ones
@@ -174,9 +175,7 @@ def hidden_drift(model: nn.Module, base: nn.Module, tokenizer, texts: Sequence[s
     puts before the text are left out. A text is cut after `tokens` of its tokens.
     """
     sums, count = None, 0
-    modes = [(module, module.training) for both in (model, base) for module in both.modules()]
-    model.eval(), base.eval()
-    try:
+    with mode(model, training=False), mode(base, training=False):
         for text in texts:
             ids = torch.tensor([tokenizer(text)["input_ids"][:tokens]], device=next(base.parameters()).device)
             h0, h = (
@@ -186,9 +185,6 @@ def hidden_drift(model: nn.Module, base: nn.Module, tokenizer, texts: Sequence[s
             )  # fmt: skip  # (layers + 1, T, d)
             away = ((h - h0).norm(dim=-1) / h0.norm(dim=-1)).sum(-1)
             sums, count = away if sums is None else sums + away, count + ids.shape[1]
-    finally:
-        for module, training in modes:
-            module.training = training
     if sums is None:
         raise ValueError("no text to look at")
     return (sums / count).cpu()

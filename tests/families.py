@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
 import peftlab as pl
@@ -136,6 +141,25 @@ def build_other(family: str, seed: int = 0):
     labelled = family in ("distilbert", "electra", "modernbert", "roberta")
     auto = t.AutoModelForSequenceClassification if labelled else t.AutoModelForCausalLM
     return auto.from_config(configs[family]()).eval()
+
+
+@contextmanager
+def scripts(*names):
+    """Files of benchmarks/ as modules that find each other by name, in this order; own copies: what is replaced in them
+    must not reach other tests."""
+    before = {name: sys.modules.pop(name, None) for name in names}
+    try:
+        for name in names:
+            path = Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
+            spec = importlib.util.spec_from_file_location(name, path)
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        yield tuple(sys.modules[name] for name in names)
+    finally:
+        for name, module in before.items():
+            sys.modules.pop(name, None)
+            if module is not None:
+                sys.modules[name] = module
 
 
 def tiny_experiment(monkeypatch, classic, **sizes):

@@ -1,13 +1,10 @@
 """The experiment on forgetting: its plan, runs for real on a tiny model, and what was recorded."""
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_experiment
+from families import scripts, tiny_experiment
 
 import peftlab as pl
 from peftlab import lab, retention
@@ -17,25 +14,11 @@ from peftlab.retention import Exam, retained
 RECORDED = lab.RESULTS / "forgetting.csv"
 
 
-def script(name):
-    """A file of benchmarks/ as a module; forgetting.py imports classic.py by its name."""
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def files():
-    """(classic, forgetting), own copies: what is replaced in them must not reach other tests."""
-    before = {name: sys.modules.pop(name, None) for name in ("classic", "forgetting")}
-    yield script("classic"), script("forgetting")
-    for name, module in before.items():
-        sys.modules.pop(name)
-        if module is not None:
-            sys.modules[name] = module
+    """(classic, forgetting), own copies."""
+    with scripts("classic", "forgetting") as modules:
+        yield modules
 
 
 @pytest.fixture

@@ -1,36 +1,19 @@
 """The experiment on 4-bit bases: its plan, one run for real on a tiny model, and what was recorded."""
 
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_experiment
+from families import scripts, tiny_experiment
 
 import peftlab as pl
 from peftlab import lab
 
 
-def script(name):
-    """A file of benchmarks/ as a module; qlora.py imports classic.py by its name."""
-    path = Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def files():
-    """(classic, qlora), own copies: what is replaced in them must not reach other tests."""
-    before = {name: sys.modules.pop(name, None) for name in ("classic", "qlora")}
-    yield script("classic"), script("qlora")
-    for name, module in before.items():
-        sys.modules.pop(name)
-        if module is not None:
-            sys.modules[name] = module
+    """(classic, qlora), own copies."""
+    with scripts("classic", "qlora") as modules:
+        yield modules
 
 
 @pytest.fixture

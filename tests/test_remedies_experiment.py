@@ -1,13 +1,11 @@
 """The experiment on remedies: its plan follows the recorded grid, every remedy runs, and what was recorded."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from families import tiny_experiment
+from families import scripts, tiny_experiment
 
 import peftlab as pl
 from peftlab import lab
@@ -19,18 +17,9 @@ NAMES = ("classic", "forgetting", "remedies")
 
 @pytest.fixture(scope="module")
 def files():
-    """The three scripts of benchmarks/, own copies: what is replaced in them must not reach other tests."""
-    before = {name: sys.modules.pop(name, None) for name in NAMES}
-    for name in NAMES:
-        path = Path(__file__).resolve().parent.parent / "benchmarks" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    yield [sys.modules[name] for name in NAMES]
-    for name, module in before.items():
-        sys.modules.pop(name)
-        if module is not None:
-            sys.modules[name] = module
+    """The three scripts of benchmarks/, own copies."""
+    with scripts(*NAMES) as modules:
+        yield modules
 
 
 @pytest.fixture
