@@ -14,11 +14,12 @@ __version__ = "0.1.0"
 
 _HOME = {  # name -> module that defines it
     "core": ["Adapted", "Adapter"],
-    "attach": ["activate", "adapters", "attach", "detach", "find_targets", "freeze", "hosts", "layer_shapes", "merge",
-               "unmerge", "using"],
+    "attach": ["activate", "adapters", "attach", "detach", "find_targets", "freeze", "hosts", "layer_shapes", "using"],
     "baselines": ["full_finetuning", "last_layers"],
     "count": ["count"],
     "files": ["load_adapter", "save_adapter"],
+    "lowrank": ["extract", "to_lora"],
+    "merge": ["combine", "merge", "unmerge"],
     "nf4_files": ["save_quantized"],
     "nf4_layer": ["NF4Linear", "quantize"],
     "nf4_loading": ["load_quantized"],
@@ -29,8 +30,9 @@ _HOME = {  # name -> module that defines it
     "course.source": ["show"],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("base", "core", "course", "evaluate", "files", "inits", "kbit", "lab", "layers", "leaderboard", "methods",
-          "nf4", "paths", "remedies", "retention", "shapes", "sites", "tasks", "vocabulary", "vram")  # fmt: skip
+_ROOMS = ("base", "core", "course", "evaluate", "export", "files", "inits", "kbit", "lab", "layers", "leaderboard",
+          "methods", "nf4", "paths", "remedies", "retention", "serve", "shapes",
+          "sites", "store", "tasks", "vocabulary", "vram")  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

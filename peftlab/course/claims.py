@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ..attach import attach, hosts, merge, using
+from ..attach import attach, hosts, using
 from ..count import Count, count
+from ..merge import merge
 from ..methods.lora import LoRA
 from ..nf4_layer import quantize
 from .ledger import GB, GIB, NF4, SHAPES, Ledger, Shape, compare, human
