@@ -157,8 +157,8 @@ def table(path: Path, plan: lab.Experiment) -> str:
 
 README = """# Trained adapters
 
-LoRA (r = {r}, α = {alpha}, all linear layers) on the embedded base, float32, in HF PEFT's file format: what lessons 12 to 14
-merge, serve and export.
+LoRA (r = {r}, α = {alpha}, all linear layers) on the embedded base, float32, in HF PEFT's file format: what lessons 12
+to 14 merge, serve and export.
 
     python benchmarks/adapters.py --publish        # seed 0; trains what is missing in runs/adapters
 
@@ -166,9 +166,9 @@ merge, serve and export.
 |---|---|---|---|---|
 {rows}
 
-Accuracy: sql, the answer's rows are those of the gold query, on questions like the training's; reviews, the right class; a voice,
-the right sentence in the right voice. Rates and the other seeds are in `data/results/adapters.csv`, with hardware,
-versions, commit and date of each run.
+Accuracy: sql, the answer's rows are those of the gold query, on questions like the training's; reviews, the right
+class; a voice, the right sentence in the right voice. Rates and the other seeds are in `data/results/adapters.csv`,
+with hardware, versions, commit and date of each run.
 """
 
 

@@ -7,9 +7,9 @@ Two pairs. sql + reviews: two tasks with other questions and other answers, so o
 pirate + telegram: two voices for the same questions, which contradict each other; no set of weights can serve both.
 
 Every way of `pl.combine` gets four settings, fixed before the first run: those without a density the weights 0.5, 0.7,
-1 and 1.4 (the same for both adapters), the others the weights 0.7 and 1.4 with the densities 0.3 and 0.7. All settings run
-with all seeds (seed s combines the adapters of seed s, and draws DARE's masks). The setting is chosen on VALID, by the
-mean accuracy of the two parts over the seeds; TEST is only reported. Beside them, on the same rows:
+1 and 1.4 (the same for both adapters), the others the weights 0.7 and 1.4 with the densities 0.3 and 0.7. All settings
+run with all seeds (seed s combines the adapters of seed s, and draws DARE's masks). The setting is chosen on VALID, by
+the mean accuracy of the two parts over the seeds; TEST is only reported. Beside them, on the same rows:
 
 - base: no adapter.
 - alone: each part with its own adapter, as if each request were routed: what there is to keep.
