@@ -95,17 +95,31 @@ def meeting(model) -> dict[str, float]:
     return {"cosine": sum(cosines) / len(cosines), "conflict": sum(conflicts) / len(conflicts)}
 
 
+def answer_loss(model, rows: Sequence[dict], size: int = 50) -> float:
+    """Mean negative log-likelihood of the answers' tokens, in nats."""
+    import torch
+
+    from peftlab.rows import collate, encode
+
+    total, tokens, encoded = 0.0, 0, encode(model, rows, classic.base()[1])
+    with torch.no_grad():
+        for start in range(0, len(encoded), size):
+            some = encoded[start : start + size]
+            here = sum(row.trained for row in some)
+            total += here * model(**collate(some, 0, next(model.parameters()).device), use_cache=False).loss.item()
+            tokens += here
+    return total / tokens
+
+
 def judged(models: Sequence[Any], pair: str) -> dict[str, float]:
     """Accuracy and loss on the two parts, each with its own of the two models."""
-    from peftlab.evaluate import token_loss
-
     found: dict[str, float] = {}
     losses = []
     for which, model, task in zip(("first", "second"), models, adapters.parts(pair), strict=True):
         for split in ("valid", "test"):
             found[f"{which}_{split}"] = classic.scored(
                 model, adapters.source(task), adapters.rows(task)[split]).value  # fmt: skip
-        losses.append(token_loss(model, adapters.base()[1], adapters.rows(task)["valid"]).value)
+        losses.append(answer_loss(model, adapters.rows(task)["valid"]))
     for split in ("valid", "test"):
         found[f"{split}_accuracy"] = (found[f"first_{split}"] + found[f"second_{split}"]) / 2
     return found | {"valid_loss": sum(losses) / 2}

@@ -130,6 +130,17 @@ def test_each_kind_of_run_judges_the_right_model(tiny, monkeypatch, method):
     assert torch.equal(seen[0], seen[1]) == (method != "alone")
 
 
+def test_judged_counts_each_part_with_its_own_model(tiny):
+    adapters, merging, model = tiny
+    found = merging.judged([model, model], "pirate+telegram")
+    assert found["valid_accuracy"] == 0 == found["test_accuracy"], "a random model is never right"
+    rows = adapters.rows("pirate")["valid"]
+    both = [merging.answer_loss(model, adapters.rows(task)["valid"]) for task in ("pirate", "telegram")]
+    assert found["valid_loss"] == pytest.approx(sum(both) / 2)
+    assert merging.answer_loss(model, rows, 1) == pytest.approx(merging.answer_loss(model, rows, 50), rel=1e-5)
+    assert both[0] == pytest.approx(math.log(len(adapters.base()[1])), rel=0.1), "about uniform over the words"
+
+
 def test_meeting_of_two_changes(tiny):
     _, merging, model = tiny
     import copy
