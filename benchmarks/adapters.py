@@ -149,7 +149,7 @@ def table(path: Path, plan: lab.Experiment) -> str:
     runs = lab.made(path, plan)
     if not len(runs):
         return "no runs yet"
-    found = lab.summary(runs, ["task"])
+    found = lab.summary(runs, "task")
     body = [(task, f"{one['learning_rate']:g}", f"{one.rates:.0f}", f"{one.seeds:.0f}", lab.seeds_range(one))
             for task, one in found.iterrows()]  # fmt: skip
     return lab.markdown(("task", "best rate", "rates", "seeds", "TEST"), body)
