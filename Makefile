@@ -16,7 +16,7 @@ NB ?=
 BENCHMARKS := benchmarks/step.py benchmarks/count.py benchmarks/nf4.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-fast test-notebooks test-browser lint bench notebooks count pins clean
+.PHONY: help setup lab test test-fast test-notebooks test-browser test-export lint bench notebooks count pins clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test-notebooks: setup  ## the notebooks alone (NBVAL=--nbval-lax: run them, comp
 
 test-browser: setup  ## JupyterLab in a real Chromium: a lesson runs and its widgets move
 	$(FIXED) $(BIN)/python -m pytest tests/browser -m browser $(ARGS)
+
+test-export: setup  ## exported files in the real llama.cpp, if it is installed: pip install -e ".[llama]"
+	$(FIXED) $(BIN)/python -m pytest tests/export -m export -s $(ARGS)
 
 lint: setup  ## ruff (notebooks too), mypy on peftlab/, codespell
 	@failed=; for tool in "ruff check ." mypy codespell; do \
