@@ -3,11 +3,9 @@
 `make test-export`; needs llama-cpp-python (`pip install -e ".[llama]"`, ten minutes of compiling). Prints its counts.
 """
 
-import contextlib
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,11 +14,11 @@ from peftlab import export, gguf
 from peftlab.attach import switch_of
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from families import build, shake  # noqa: E402
+from families import build, scripts, shake  # noqa: E402
 
 pytestmark = pytest.mark.export
 
-PROMPTS, WORDS = 20, 40
+PROMPTS = 20
 TEXTS = [
     "Question: sort the parks by highest price and show the size of the first 4\nSQL:",
     "def f(x):\n\treturn x ** 2  # it's\r\n\r\n\n    y = 'I'll'",
@@ -37,33 +35,16 @@ TEXTS = [
 ]
 
 
+with scripts("agreement") as (agreement,):
+    pass
+
+
 @pytest.fixture(scope="module")
 def llama():
-    """path, adapter -> llama.cpp's model, on one thread, with a float32 cache, its memory freed afterwards."""
-    llama_cpp = pytest.importorskip(
-        "llama_cpp", reason='llama-cpp-python is not installed: pip install -e ".[llama]" (ten minutes), then '
-        "make test-export")  # fmt: skip
-    defaults = llama_cpp.llama_cpp.llama_model_default_params
-
-    def as_stored():
-        params = defaults()
-        params.use_extra_bufts = False  # version 0.3.36 crashes when it repacks 8-bit matrices for a CPU with AMX
-        return params
-
-    @contextlib.contextmanager
-    def load(path, adapter=None, context=512):
-        model = llama_cpp.Llama(
-            str(path), lora_path=None if adapter is None else str(adapter), n_ctx=context, n_threads=1,
-            n_threads_batch=1, logits_all=True, type_k=0, type_v=0, verbose=False)  # fmt: skip
-        try:
-            yield model
-        finally:
-            model.close()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_cpp, "llama_model_default_params", as_stored)
-        patch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", as_stored)
-        yield load
+    """path, adapter -> llama.cpp's model; skipped where it is not installed."""
+    pytest.importorskip("llama_cpp", reason='llama-cpp-python is not installed: pip install -e ".[llama]" (ten minutes)'
+                        ", then make test-export")  # fmt: skip
+    return agreement.opened
 
 
 @pytest.fixture(scope="module")
@@ -88,42 +69,17 @@ def ours(model, tokenizer, prompt):
     """transformers' greedy continuation, with the active adapters."""
     key = switch_of(model).active, prompt
     if key not in ANSWERS:
-        ANSWERS[key] = _ours(model, tokenizer, prompt)
+        ANSWERS[key] = agreement.ours(model, tokenizer, prompt)
     return ANSWERS[key]
 
 
-def _ours(model, tokenizer, prompt):
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=WORDS,
-                         pad_token_id=tokenizer.pad_token_id)  # fmt: skip
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-
-
-def theirs(model, prompt):
-    """llama.cpp's, by the same call as a user's."""
-    return model.create_completion(prompt, max_tokens=WORDS, temperature=0, repeat_penalty=1.0)["choices"][0]["text"]
-
-
-def logits(model, ids):
-    model.reset()
-    model.eval(ids)
-    return np.array(model.scores[: len(ids)])
-
-
-@torch.no_grad()
-def reference(model, ids):
-    return model(torch.tensor([ids])).logits[0].numpy()
+logits, reference = agreement.logits, agreement.reference
 
 
 def compare(model, tokenizer, loaded, prompts, tolerance, label):
     """Print the counts; returns (equal answers, largest difference of logits, equal five best tokens)."""
-    answers = sum(ours(model, tokenizer, prompt) == theirs(loaded, prompt) for prompt in prompts)
-    best, apart = 0, 0.0
-    for prompt in prompts:
-        ids = tokenizer(prompt)["input_ids"]
-        want, got = reference(model, ids), logits(loaded, ids)
-        apart = max(apart, float(abs(want - got).max()))
-        best += list(want[-1].argsort()[-5:]) == list(got[-1].argsort()[-5:])
+    found = agreement.agreement(model, tokenizer, loaded, prompts, [ours(model, tokenizer, p) for p in prompts])
+    answers, best, apart = found["equal answers"], found["equal five best"], found["logits apart"]
     print(f"\n{label}: {answers} of {len(prompts)} greedy answers equal, five best tokens equal for {best}, logits "
           f"differ by at most {apart:.2g} (tolerance {tolerance:g})")  # fmt: skip
     assert apart <= tolerance
