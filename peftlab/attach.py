@@ -14,6 +14,7 @@ from torch import nn
 
 from .core import METHODS, Adapted, Adapter, Switch
 from .layers import device_of, is_linear, shape_of
+from .mixed import Rows
 from .sites import GROUPS, at, bare, group, put, sites
 
 Targets = str | Sequence[str]
@@ -298,10 +299,13 @@ def _check_place(model: nn.Module, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def using(model: nn.Module, *names: str, rows: Sequence[str | None] | None = None) -> Iterator[nn.Module]:
+def using(model: nn.Module, *names: str, rows: Sequence[str | None] | Rows | None = None) -> Iterator[nn.Module]:
     """`with using(model, "sql"):` these adapters run inside the block; `using(model)` gives the bare base.
 
-    rows: one adapter name (None: the bare base) for each row of the batch, for a mixed batch.
+    rows: one adapter name (None: the bare base) for each row of the batch, for a mixed batch; rows that generate()
+    repeats for beams or return sequences keep the adapter of the row they come from. Low-rank adapters are computed
+    together, and without gradients their factors are gathered once: what changes in the block is seen all the same.
+    A `mixed.Rows` of the names, instead of a list, keeps what was gathered for the next block.
     """
     switch = switch_of(model)
     before = switch.active, switch.rows
@@ -313,10 +317,10 @@ def using(model: nn.Module, *names: str, rows: Sequence[str | None] | None = Non
                 raise ValueError("give either adapter names for the whole batch or rows=[…], not both")
             if merged_names(model):
                 raise ValueError("a mixed batch needs the bare base; unmerge(model) first")
-            check_attached(model, rows)
-            _check_mixes(model, rows)
-            numbers = {n: [i for i, r in enumerate(rows) if r == n] for n in dict.fromkeys(rows)}
-            switch.rows = {n: torch.tensor(i) for n, i in numbers.items()}
+            rows = rows if isinstance(rows, Rows) else Rows(rows)
+            check_attached(model, rows.used)
+            _check_mixes(model, rows.used)
+            switch.rows = rows
         yield model
     finally:
         switch.active, switch.rows = before

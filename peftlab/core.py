@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fused import fusible, low_rank_linear
+from .fused import fusible, low_rank_linear, untouched
 from .layers import affine, as_dense, device_of, dtype_of, is_linear, shape_of
+from .mixed import Rows
 
 METHODS: dict[str, type[Adapter]] = {}  # name -> class; tests, tables and lessons loop over it
 
@@ -29,6 +30,7 @@ class Adapter(nn.Module):
     hf_hyper: dict[str, str] = {}  # hyper-parameter -> its name in adapter_config.json
     hf_params: dict[str, str] = {}  # parameter -> its name in adapter_model.safetensors
     targets = "all-linear"  # where it sits if the user names no targets: see `attach.find_targets`
+    adds = True  # whether it is written as `delta`, an added term; set by itself
     mixes = True  # whether the rows of a batch can have different adapters of this method
     replaces = False  # True: it takes the layer's place and never calls f, so nothing can stand inside of it
     part_of: str | None = None  # of a method that needs two kinds of sites: the method this class is the second part of
@@ -36,6 +38,7 @@ class Adapter(nn.Module):
     needs: tuple[str, ...] = ()  # names of the adapters of the same layer that it works on
 
     def __init_subclass__(cls):
+        cls.adds = cls.forward is Adapter.forward
         if cls.part_of is None:
             METHODS[cls.__name__] = cls
 
@@ -92,7 +95,7 @@ class Switch:
     """Which adapters run. One object shared by all hosts of a model, so that all layers switch together."""
 
     active: tuple[str, ...] = ()
-    rows: dict[str | None, Tensor] | None = None  # mixed batch: adapter (None: bare base) -> its rows' numbers
+    rows: Rows | None = None  # a mixed batch
 
 
 class Adapted(nn.Module):
@@ -115,27 +118,33 @@ class Adapted(nn.Module):
         """The layer with the named adapters, nested: each adapts what the ones before it left."""
         f = self.layer
         for name in names:
-            if name in self.adapters and name not in self.merged:
+            if name not in self.merged and name in self.adapters:
                 f = partial(self.adapters[name], f)
         return f(*args, **kwargs)
 
     def forward(self, *args, **kwargs):
         rows = self.switch.rows
-        if rows is not None and any(name in self.adapters for name in rows):
+        if rows is not None and any(name in self.adapters for name in rows.used):
             return self.mixed(rows, *args, **kwargs)
         return self.run(self.switch.active if rows is None else (), *args, **kwargs)
 
-    def mixed(self, rows, x: Tensor, *args, **kwargs):
-        """A batch whose rows belong to different adapters; added terms share one f(x), other methods run apart."""
-        if (named := sum(map(len, rows.values()))) != len(x):
-            raise ValueError(f"the batch has {len(x)} rows, but adapters were named for {named}")
+    def mixed(self, rows: Rows, x: Tensor, *args, **kwargs):
+        """A batch whose rows have different adapters. Low-rank terms are computed together and other added terms one by
+        one, all on one f(x); other methods run apart, each on its rows."""
+        k = rows.repeats(x)
+        if rows.uniform:
+            return self.run(rows.used, x, *args, **kwargs)
         y = self.layer(x, *args, **kwargs)
-        for name in [n for n in rows if n in self.adapters]:
-            adapter, row = self.adapters[name], rows[name].to(x.device)
-            if type(adapter).forward is Adapter.forward:
-                y = y.index_add(0, row, adapter.change(x[row]))
-            else:
-                y = y.index_copy(0, row, self.run((name,), x[row], *args, **kwargs))
+        low_rank = rows.gathered(self, self.adapters, k)
+        if low_rank is not None:
+            y = low_rank.add(y, x, inplace=untouched(self.layer) and not torch.is_grad_enabled())
+        for name in rows.used if low_rank is None else low_rank.apart:
+            if name in self.adapters:
+                adapter, row = self.adapters[name], rows.of(name, k, x.device)
+                if adapter.adds:
+                    y = y.index_add(0, row, adapter.change(x[row]).to(y.dtype))
+                else:
+                    y = y.index_copy(0, row, self.run((name,), x[row], *args, **kwargs).to(y.dtype))
         return y
 
     def check_merge(self, names) -> None:

@@ -55,20 +55,23 @@ def _dense_gradient(g: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     return g @ W
 
 
+def untouched(f) -> bool:
+    """Whether f is a linear layer, dense or packed, where nothing else wants a say: hooks, a forward of its own, as
+    accelerate gives it."""
+    linear = type(f) is nn.Linear or is_conv1d(f) or is_packed(f)
+    return linear and not (f._forward_hooks or f._forward_pre_hooks or "forward" in vars(f))
+
+
 def fusible(f, x: Tensor) -> bool:
-    """Whether f is a frozen linear layer, dense or packed, where nothing else wants a say: autocast, hooks, a forward
-    of its own, as accelerate gives it.
+    """Whether f is an untouched frozen linear layer, without autocast.
 
     A packed one is left to itself under torch.compile, and where it multiplies in another dtype than that of x.
     """
-    dense = (type(f) is nn.Linear or is_conv1d(f)) and not f.weight.requires_grad
-    packed = is_packed(f) and f.compute in (None, x.dtype) and not torch.compiler.is_compiling()
-    return (
-        (dense or (packed and x.is_floating_point()))
-        and not (f._forward_hooks or f._forward_pre_hooks or "forward" in vars(f))
-        and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+    if not untouched(f) or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return False
+    if is_packed(f):
+        return f.compute in (None, x.dtype) and not torch.compiler.is_compiling() and x.is_floating_point()
+    return not f.weight.requires_grad
 
 
 def low_rank_linear(f: nn.Module, x: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
