@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import adapters, attach_plan, defaults_of, detach, find_targets, hosts, patterned, switch_of
-from .core import METHODS, Adapter
+from .core import METHODS, Adapted, Adapter
 from .formats import LAYOUTS, PREFIX, Plan
 from .layers import is_linear, is_quantised, weight_of
 from .paths import atomic_files
@@ -95,8 +95,8 @@ def _first(model: nn.Module, path: str) -> list[tuple[Tensor, float]]:
 
 
 def _bare(model: nn.Module, path: str) -> nn.Module:
-    host = hosts(model).get(path)
-    return at(model, path) if host is None else (host.original or host.layer)
+    site = at(model, path)
+    return (site.original or site.layer) if isinstance(site, Adapted) else site
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "default") -> Path:

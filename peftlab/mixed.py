@@ -142,18 +142,17 @@ def stacked(factors: Sequence[tuple[Tensor, Tensor, float] | None]) -> tuple[Ten
     Their order must not depend on the rows: a compiled model then takes another order of rows as mere numbers.
     """
     there = [f for f in factors if f is not None]
-    r = max(len(A) for A, _, _ in there)
+    r = max(A.shape[0] for A, _, _ in there)
     dtype = reduce(torch.promote_types, {A.dtype for A, _, _ in there})
     A, B, _ = there[0]
-    nil = A.new_zeros(r, A.shape[1], dtype=dtype), B.new_zeros(len(B), r, dtype=dtype), 0.0
+    nil = A.new_zeros(r, A.shape[1], dtype=dtype), B.new_zeros(B.shape[0], r, dtype=dtype), 0.0
 
-    def filled(thin: Tensor, *places: int) -> Tensor:
-        return (thin if not any(places) else F.pad(thin, places)).to(dtype)
+    def filled(A: Tensor, B: Tensor, s: float) -> tuple[Tensor, Tensor, float]:
+        if (thin := r - A.shape[0]) > 0:
+            A, B = F.pad(A, (0, 0, 0, thin)), F.pad(B, (0, thin))
+        return (A, B, s) if A.dtype == dtype else (A.to(dtype), B.to(dtype), s)
 
-    full = [
-        nil if f is None else (filled(f[0], 0, 0, 0, r - len(f[0])), filled(f[1], 0, r - len(f[0])), f[2])
-        for f in (*factors, None)
-    ]
+    full = [nil if f is None else filled(*f) for f in (*factors, None)]
     scales = torch.tensor([s for _, _, s in full], dtype=dtype, device=B.device)
     B = torch.stack([B for _, B, _ in full]) * scales[:, None, None]
     return torch.stack([A for A, _, _ in full]), B.mT.contiguous()
