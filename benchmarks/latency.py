@@ -3,8 +3,9 @@
     python benchmarks/latency.py [--rounds 20] [--models base wide] [--width 768] [--clock wall|cpu] [--out FILE]
 
 "No additional inference latency" is what LoRA has once it is merged (Hu et al. 2021, arXiv:2106.09685, section 4.1).
-The rows: the bare model; LoRA and (IA)³ unmerged; Houlsby's bottlenecks, which no weight can stand for; LoRA merged;
-and "base, copied", the bare model with its weights elsewhere in memory, whose ratio says what a difference is worth.
+The rows: the bare model; LoRA and (IA)³ unmerged; Houlsby's bottlenecks, which no weight can stand for; LoRA merged in
+place, where the hosts stay so that it can be unmerged, and as `export` writes it, an ordinary model without hosts; and
+"base, copied", the bare model with its weights elsewhere in memory, whose ratio says what a difference is worth.
 Phases: prefill of a prompt, and decode, a pass over one token a row with a cache; batches of 1 and of 16 rows.
 In a tiny model the calls themselves cost as much as what they compute, so there are two: the course's base, and a Llama
 with random weights that is `--width` wide (768 and 12 layers: 88M parameters). Float32, one thread.
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from step import CLOCKS, base_model, machine, quartiles  # noqa: E402  # the benchmark beside this file
 
 import peftlab as pl  # noqa: E402
-from peftlab import lab  # noqa: E402
+from peftlab import export, lab  # noqa: E402
 from peftlab.paths import DATA, atomic_write  # noqa: E402
 
 OUT = DATA / "results" / "latency.json"
@@ -76,6 +77,7 @@ def variants(base: nn.Module) -> dict[str, nn.Module]:
         "IA3": adapted(base, "IA3"),
         "Houlsby": adapted(base, "Houlsby"),
         "LoRA, merged": pl.merge(adapted(base, "LoRA", **lora)),
+        "LoRA, exported": export.merged_copy(adapted(base, "LoRA", **lora), "LoRA"),
         "base, copied": copy.deepcopy(base),
     }
 
@@ -110,7 +112,7 @@ def compare(todo: dict[tuple[str, str], Callable[[], Tensor]]) -> float:
     def difference(phase: str, one: str, other: str) -> float:
         return float((logits[phase, one] - logits[phase, other]).abs().max() / logits[phase, one].abs().max())
 
-    error = max(difference(phase, "LoRA", "LoRA, merged") for phase in PHASES)
+    error = max(difference(phase, "LoRA", f"LoRA, {way}") for phase in PHASES for way in ("merged", "exported"))
     if error > CLOSE:
         raise SystemExit(f"merged and unmerged LoRA differ by {error:.1e} of their logits: nothing to compare")
     for name in ("LoRA", "IA3", "Houlsby"):

@@ -9,7 +9,7 @@ from families import scripts
 import peftlab as pl
 
 TINY = ["--rounds", "2", "--batches", "1", "3", "--tokens", "5", "--new", "2", "--width", "64", "--layers", "1"]
-VARIANTS = ["base", "LoRA", "IA3", "Houlsby", "LoRA, merged", "base, copied"]
+VARIANTS = ["base", "LoRA", "IA3", "Houlsby", "LoRA, merged", "LoRA, exported", "base, copied"]
 
 
 @pytest.fixture
