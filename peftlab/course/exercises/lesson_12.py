@@ -110,11 +110,11 @@ into_bfloat16 = prediction(
     "An adapter is merged into weights stored in bfloat16, which has 8 significant bits. A weight is 0.02, its change "
     "0.00001. What happens to most such weights?",
     right="nothing",
-    why="Beside 0.02 the next number of bfloat16 is 0.0001 away, ten times as far as the change goes. Most stay where "
-    "they are, and about one in ten jumps a whole step.",
+    why="Beside 0.02 the next number of bfloat16 is 0.00012 away, and the change is less than half of that: the sum "
+    "rounds back to where it was.",
     wrong={
         "the exact sum": "a number with 8 significant bits has two or three decimal digits",
-        "the sum to three digits": "three digits of 0.02001 are 0.0200: the change is in the fourth",
+        "half of the change": "a number is rounded to the nearest that can be written, not halfway there",
         "infinity": "bfloat16 has the range of float32; what it lacks is digits",
     },
 )
@@ -123,7 +123,7 @@ two_voices = prediction(
     "two_voices",
     LESSON,
     "One adapter makes the model speak like a pirate, another like a telegram. Each answers the same questions. Merged "
-    "with the best weights that can be found, how will the model answer most questions?",
+    "with equal weights, the best of a few, how will the model answer most questions?",
     right="in one voice or in neither",
     why="The same question cannot have two answers. A merge has to choose, or garbles; it cannot know who asks.",
     wrong={

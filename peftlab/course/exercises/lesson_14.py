@@ -80,10 +80,10 @@ def _ranks() -> list[tuple]:
 
 @exercise(LESSON, "the first of 8, 16, 32, … that is at least r; 0 if it is above the server's limit", _ranks)
 def slot(r, largest):
-    """Return the size of slot that a server keeps for an adapter of rank r, or 0 if it does not take it.
+    """Return the smallest limit with which a server takes an adapter of rank r, or 0 if that is above `largest`.
 
-    Slots have the ranks 8, 16, 32, 64, … (each twice the one before) up to `largest`. Smaller factors are filled up
-    with zeros.
+    The limit is one of 8, 16, 32, 64, 128, 256. All slots for adapters have its size, and smaller factors are filled up
+    with zeros: one adapter of a high rank makes every slot large.
     """
     size = 8
     while size < r:
@@ -91,7 +91,7 @@ def slot(r, largest):
     return size if size <= largest else 0
 
 
-@slot.mistake("a rank that is exactly a slot's fits: r = 16 needs no slot of 32")
+@slot.mistake("a rank that is exactly the limit fits: r = 16 needs no limit of 32")
 def _next(r, largest):
     size = 8
     while size <= r:
@@ -99,7 +99,7 @@ def _next(r, largest):
     return size if size <= largest else 0
 
 
-@slot.mistake("above the limit there is no slot, and the adapter is refused: 0")
+@slot.mistake("above the largest the adapter is refused: 0")
 def _no_limit(r, largest):
     size = 8
     while size < r:
@@ -107,7 +107,7 @@ def _no_limit(r, largest):
     return size
 
 
-@slot.mistake("a slot must be at least as large as the rank: cutting an adapter down would change it")
+@slot.mistake("the limit must be at least the rank: cutting an adapter down would change it")
 def _too_small(r, largest):
     size = 8
     while size * 2 <= r:

@@ -39,15 +39,15 @@ QUESTIONS = (
         ),
     ),
     Question(
-        "1,000 adapters lie on disk, 16 fit in memory. What decides how fast the service is?",
+        "1,000 adapters lie on disk, 16 fit in memory. What decides how many requests wait for a load?",
         (
             yes(
                 "How unevenly users ask.",
                 "If a few are asked for most of the time, nearly every request finds its adapter in memory.",
             ),
             no(
-                "How many adapters there are on disk.",
-                "The index is a small file. The rest is not touched until somebody asks.",
+                "How large the store's index is.",
+                "It is read once, and is a small file. What is slow is reading an adapter that is not in memory.",
             ),
             no(
                 "The size of the base.",
