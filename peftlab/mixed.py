@@ -46,7 +46,8 @@ class Rows:
         Raises ValueError for another number of rows. Where x has no T (two dimensions) only k = 1 is believed: tokens
         that were picked or flattened, as experts get them, would pass for repeated rows.
         """
-        k, left = divmod(len(x), max(1, len(self.which)))  # not of names: a compiled model would guard on them
+        n = max(1, len(self.which))  # not of names: a compiled model would guard on them
+        k, left = len(x) // n, len(x) % n  # no divmod: torch.compile has none for sizes that may vary
         if left or k == 0 or (k > 1 and x.dim() < 3):
             flat = " (if they are tokens, as experts and OPT's fc1 get them: such a layer cannot have a mixed batch)"
             raise ValueError(f"the batch has {len(x)} rows, but adapters were named for {len(self.names)}"

@@ -60,6 +60,11 @@ CASES: dict[str, Case] = {
     "BitFit": Case(hyper={}),  # this Llama has no biases: its linear layers get new ones
     "LNTuning": Case(targets=None, shake=0.2),
     "IA3": Case(targets=None, shake=0.2),
+    # other products than LoRA's, circulant blocks, rotations
+    "LoHa": Case(hyper=dict(r=4), shake=0.3),
+    "HiRA": Case(hyper=dict(r=4), shake=0.5),
+    "C3A": Case(identity=False, shake=0.5),
+    "RoAd": Case(hyper=dict(group_size=8), shake=0.2),
     "TrainableTokens": Case(targets=None, hyper=dict(tokens=[91, 6, 89, 41, 38]), shake=0.5),
 }
 
