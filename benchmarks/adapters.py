@@ -6,7 +6,7 @@
 Each is LoRA with r = 8, α = 16 on all linear layers. Three rates are tried with seed 0 and judged on VALID (a best one
 at the edge extends the grid); seeds 1 and 2 then run at the best rate. "sql+reviews" and "pirate+telegram" are trained
 on the rows of both, for as many steps as the two together: what merging is compared with in merging.py. The trained
-adapters lie in runs/adapters; one that is missing there is trained again when it is asked for, with the same bytes.
+adapters lie in runs/adapters; one that is missing there is trained again when it is asked for, to the same values.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ def _tar_members(archive: Path, limit: int) -> Iterator[tuple[str, IO[bytes]]]:
         zipped = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         file = opened.enter_context(gzip.GzipFile(fileobj=file)) if zipped else file
-        tar = opened.enter_context(tarfile.open(fileobj=cast(Any, _Limited(file, limit)), mode="r|"))
+        stream = _Limited(file, limit)
+        tar = opened.enter_context(tarfile.open(fileobj=cast(Any, stream), mode="r|"))
         for number, member in enumerate(tar):
             if number >= MEMBERS:
                 raise ValueError(f"it has more than {MEMBERS:,} members")
@@ -74,6 +75,8 @@ def _tar_members(archive: Path, limit: int) -> Iterator[tuple[str, IO[bytes]]]:
             content = tar.extractfile(member)
             if content is not None:
                 yield member.name, content
+        while stream.read():  # to the end, behind which gzip's checksum stands: tarfile stops before it
+            pass
 
 
 def _zip_members(archive: Path, limit: int) -> Iterator[tuple[str, IO[bytes]]]:

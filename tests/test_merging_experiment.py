@@ -61,19 +61,23 @@ def test_rows_of_a_voice_are_that_voice_and_mixed_rows_are_those_of_both(files):
         assert len({row["completion"] in first for row in half[: len(half) // 2]}) == 2, "one after the other"
 
 
-def test_an_adapter_is_trained_once_and_again_to_the_same_bytes(tiny):
+def test_an_adapter_is_trained_once_and_again_to_the_same_values(tiny):
+    """Up to rounding: sums may be taken in another order where a tensor lies elsewhere in memory."""
+    from safetensors.torch import load_file
+
     adapters, _, _ = tiny
     folder, losses = adapters.trained("pirate", 1e-2, 0)
     weights = folder / "adapter_model.safetensors"
-    first, made = weights.read_bytes(), weights.stat().st_mtime_ns
+    first, made = load_file(weights), weights.stat().st_mtime_ns
     assert adapters.trained("pirate", 1e-2, 0) == (folder, losses) and weights.stat().st_mtime_ns == made
     assert math.isfinite(losses["train_loss"])
     weights.unlink()
     (folder / "losses.json").unlink()
     adapters.trained("pirate", 1e-2, 0)
-    assert weights.read_bytes() == first
+    torch.testing.assert_close(load_file(weights), first, rtol=1e-3, atol=1e-5)
     other, _ = adapters.trained("pirate", 1e-2, 1)
-    assert (other / weights.name).read_bytes() != first, "another seed"
+    there = load_file(other / weights.name)
+    assert any((there[name] - value).abs().max() > 1e-2 for name, value in first.items()), "another seed"
 
 
 def test_an_adapter_that_diverged_is_kept_as_it_began(tiny, monkeypatch):

@@ -447,6 +447,23 @@ def test_bombs_are_refused_before_they_are_held(store, files, tmp_path):
     assert "d" not in store and store.add("d", tar_of(files, tmp_path / "good.tgz"), limit=limit)
 
 
+def test_one_changed_byte_in_a_packed_weight_is_noticed(store, files, tmp_path):
+    """The numbers would still be numbers: only the checksum behind them tells. Stored, so that a byte is a byte."""
+    path = tmp_path / "d.tgz"
+    with tarfile.open(path, "w:gz", compresslevel=0) as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    content = bytearray(path.read_bytes())
+    weights = dict(files)[WEIGHTS]
+    content[content.index(weights[-16:])] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="CRC"):
+        store.add("d", path)
+    assert "d" not in store
+
+
 def test_two_adapters_in_one_archive_are_refused(store, files, tmp_path):
     two = [(f"{folder}/{name}", content) for folder in "xy" for name, content in files]
     for pack in (tar_of, zip_of):
