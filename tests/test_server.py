@@ -162,9 +162,10 @@ def test_a_thousand_requests_of_eight_clients_over_twenty_adapters(store, tokeni
 
 
 def test_many_at_once_are_decoded_together(store, tokenizer, alone, monkeypatch):
-    batches, real, gate = [], engine_module.decode, threading.Event()
+    batches, real, gate, taken = [], engine_module.decode, threading.Event(), threading.Event()
 
     def watched(model, tokenizer, requests, cancelled):
+        taken.set()
         gate.wait(60)
         batches.append([request.adapter for request in requests])
         return real(model, tokenizer, requests, cancelled)
@@ -176,7 +177,7 @@ def test_many_at_once_are_decoded_together(store, tokenizer, alone, monkeypatch)
         answers = []
         for i, name in enumerate([*NAMES[:6], *NAMES[:4]]):  # one after another into the queue
             answers.append(pool.submit(ask, name))
-            until(lambda i=i: waiting() == i)
+            until(lambda i=i: taken.is_set() and waiting() == i)  # the first is being decoded, the others wait
         gate.set()
         said = [answer.result()["choices"][0]["text"] for answer in answers]
     assert said == [alone[name, PROMPTS[0]] for name in [*NAMES[:6], *NAMES[:4]]]
