@@ -254,6 +254,8 @@ def run(path: Path, timeout: float = 1200) -> int:
         for output in after.outputs:
             if output.output_type == "stream":
                 output.text = settle(output.text)
+            elif output.output_type == "error":  # a planned one; where this copy of the project lies stays out of it
+                output.traceback = [line.replace(f"{NOTEBOOKS.parent}{os.sep}", "") for line in output.traceback]
         if before.execution_count is not None and not differences(before.outputs, after.outputs, rules):
             after.outputs = before.outputs
             for output in after.outputs:

@@ -82,6 +82,7 @@ def test_notebook_names_no_machine_path(lesson):
             json.dumps({kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")})
             + str(output.get("text", ""))
             + str(output.get("evalue", ""))
+            + re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(output.get("traceback", ())))
             for output in cell.get("outputs", [])
         ]
         for text in (cell.source, *outputs):

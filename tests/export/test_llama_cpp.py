@@ -192,18 +192,23 @@ def test_every_architecture(name, llama, trained, tmp_path):
     assert abs(plain - adapted).max() > 0.5 and max(apart.values()) < tolerance
 
 
+def check_base_and_adapter(llama, model, tokenizer, folder):
+    """llama.cpp's base with the adapter "a", moved off its start, has the model's logits."""
+    for adapter in pl.adapters(model)["a"].values():
+        shake(adapter)
+    ids = tokenizer(TEXTS[0])["input_ids"]
+    base = export.to_gguf(model, tokenizer, folder / "m.gguf", "f32", ())
+    with llama(base, export.lora_to_gguf(model, folder / "a.gguf"), context=64) as loaded:
+        assert abs(reference(model, ids) - logits(loaded, ids)).max() < 1e-4
+
+
 @pytest.mark.parametrize("alpha", [16, 0, -4])
 def test_rslora_and_odd_alphas(alpha, llama, trained, tmp_path):
     """alpha = 0 means "no scale" to llama.cpp, not "no effect"."""
     _, tokenizer = trained
     model = tiny("llama", tokenizer)
     pl.attach(model, pl.LoRA, targets="q_proj|v_proj", name="a", r=5, alpha=alpha, rslora=True)
-    for adapter in pl.adapters(model)["a"].values():
-        shake(adapter)
-    ids = tokenizer(TEXTS[0])["input_ids"]
-    base = export.to_gguf(model, tokenizer, tmp_path / "m.gguf", "f32", ())
-    with llama(base, export.lora_to_gguf(model, tmp_path / "a.gguf"), context=64) as loaded:
-        assert abs(reference(model, ids) - logits(loaded, ids)).max() < 1e-4
+    check_base_and_adapter(llama, model, tokenizer, tmp_path)
 
 
 def test_head_in_the_adapter(llama, trained, tmp_path):
@@ -211,12 +216,7 @@ def test_head_in_the_adapter(llama, trained, tmp_path):
     _, tokenizer = trained
     model = tiny("llama", tokenizer)
     pl.attach(model, pl.LoRA, targets="lm_head|k_proj", name="a", r=4)
-    for adapter in pl.adapters(model)["a"].values():
-        shake(adapter)
-    ids = tokenizer(TEXTS[0])["input_ids"]
-    base = export.to_gguf(model, tokenizer, tmp_path / "m.gguf", "f32", ())
-    with llama(base, export.lora_to_gguf(model, tmp_path / "a.gguf"), context=64) as loaded:
-        assert abs(reference(model, ids) - logits(loaded, ids)).max() < 1e-4
+    check_base_and_adapter(llama, model, tokenizer, tmp_path)
 
 
 def test_four_bit_base_becomes_what_its_codes_stand_for(llama, trained, tmp_path):
