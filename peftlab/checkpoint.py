@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attach import adapters
 from .paths import atomic_write
 
 FILE = "checkpoint.safetensors"
@@ -110,10 +111,11 @@ def unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest
 def identity(model: nn.Module) -> dict:
     """What a checkpoint must have been made from: trained names and shapes, and a sample of every frozen tensor."""
     frozen, trained = hashlib.sha256(), {}
+    moving = {id(getattr(a, name)) for made in adapters(model).values() for a in made.values() for name in a.memory}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.requires_grad:
             trained[name] = f"{list(tensor.shape)} {tensor.dtype}"
-        else:
+        elif id(tensor) not in moving:
             sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)]
             frozen.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             frozen.update(sample.cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -29,6 +29,9 @@ class Adapter(nn.Module):
     hf_type: str | None = None  # peft_type in the HF PEFT file format
     hf_hyper: dict[str, str] = {}  # hyper-parameter -> its name in adapter_config.json
     hf_params: dict[str, str] = {}  # parameter -> its name in adapter_model.safetensors
+    hf_flags: dict[str, Any] = {}  # what else its adapter_config.json says: tells methods of one peft_type apart
+    hf_ignored: frozenset[str] = frozenset()  # HF PEFT's settings that change nothing in a finished adapter
+    family = ""  # where the table of all methods puts it
     targets = "all-linear"  # where it sits if the user names no targets: see `attach.find_targets`
     adds = True  # whether it is written as `delta`, an added term; set by itself
     mixes = True  # whether the rows of a batch can have different adapters of this method
@@ -36,6 +39,7 @@ class Adapter(nn.Module):
     part_of: str | None = None  # of a method that needs two kinds of sites: the method this class is the second part of
     hyper: dict[str, Any] = {}  # the hyper-parameters it was made with, set when it is attached
     needs: tuple[str, ...] = ()  # names of the adapters of the same layer that it works on
+    memory: tuple[str, ...] = ()  # names of non-persistent buffers that training changes: they are in its checkpoints
 
     def __init_subclass__(cls):
         cls.adds = cls.forward is Adapter.forward
@@ -82,6 +86,19 @@ class Adapter(nn.Module):
     def change(self, x: Tensor) -> Tensor:
         """Δ(x) in x's dtype: adapters may stay float32 on a bfloat16 or 4-bit base."""
         return self.delta(x.to(next(self.parameters()).dtype)).to(x.dtype)
+
+    def saved(self) -> Adapter:
+        """The adapter that a file holds; another one where what is trained means nothing without where it began."""
+        return self
+
+    def penalty(self) -> Tensor | None:
+        """A term of the loss of its own, which `train` adds at each step."""
+        return None
+
+    @classmethod
+    def stepped(cls, made: dict[str, Adapter], step: int, steps: int) -> None:
+        """Called by `train` after each optimizer step, 1 to `steps`, with the adapters it trains, by path; they still
+        have their gradients."""
 
     def fold(self, layer: nn.Module) -> nn.Module:
         """The float64 `layer` with this adapter merged into it; ValueError if the adapted layer is not affine."""

@@ -112,7 +112,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
         raise ValueError(f"no adapter named {name!r} is attached. Attached: {', '.join(there) or 'none'}")
     found = there[name]
     copies = {p: a for p, a in found.items() if type(a).__name__ == COPY}
-    main = {p: a for p, a in found.items() if p not in copies and type(a).part_of is None}
+    main = {p: a.saved() for p, a in found.items() if p not in copies and type(a).part_of is None}
     kinds = {type(a) for a in main.values()}
     if len(kinds) > 1:
         raise ValueError(f"adapter {name!r} mixes {', '.join(k.__name__ for k in kinds)}: HF PEFT's format holds one "
@@ -123,7 +123,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
         tensors, settings = LAYOUTS[method.hf_type].to_hf(model, main)
     else:
         named = method.hf_params
-        tensors = {f"{PREFIX}{p}.{named.get(n, n)}": t for p, a in main.items() for n, t in a.named_parameters()}
+        tensors = {f"{PREFIX}{p}.{named.get(n, n)}": t for p, a in main.items() for n, t in a.state_dict().items()}
         settings = {"target_modules": _shortest(model, list(main)) if main else [], "modules_to_save": None,
                     **_settings(method, main)}  # fmt: skip
     for path, adapter in copies.items():
@@ -159,7 +159,7 @@ def hyper_names(method: type[Adapter]) -> dict[str, str]:
 
 def _settings(method: type[Adapter], main: Mapping[str, Adapter]) -> dict[str, Any]:
     """Hyper-parameters as HF PEFT spells them; layers that differ from the most common value go into its patterns."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = dict(method.hf_flags)
     if any(type(site).__name__ == "Conv1D" for site in (a.layer for a in main.values())):
         settings["fan_in_fan_out"] = True
     for ours, theirs in hyper_names(method).items():
@@ -209,12 +209,15 @@ def _method(config: dict, folder: Path) -> type[Adapter]:
     from . import methods  # noqa: F401  fills METHODS
 
     kind = config.get("peft_type")
-    found = next((m for n, m in METHODS.items() if kind in (m.hf_type, n.upper())), None)
+    named = [m for n, m in METHODS.items() if kind in (m.hf_type, n.upper())]
+    fitting = [m for m in named if all(config.get(key) == value for key, value in m.hf_flags.items())]
+    found = max(fitting, key=lambda m: len(m.hf_flags), default=None)
     if found is None:
-        known = sorted(m.hf_type for m in METHODS.values() if m.hf_type)
+        known = sorted({m.hf_type for m in METHODS.values() if m.hf_type})
         raise ValueError(f"{folder / CONFIG}: peft_type {kind!r} is not implemented here; there are {', '.join(known)}")
     layout = LAYOUTS.get(found.hf_type or "")
-    understood = {*IGNORED, *hyper_names(found).values(), *PATTERNS.values(), *(layout.known if layout else ())}
+    understood = {*IGNORED, *hyper_names(found).values(), *PATTERNS.values(), *(layout.known if layout else ()),
+                  *found.hf_flags, *found.hf_ignored}  # fmt: skip
     for key, value in config.items():
         init = key.startswith("init_")
         if init and isinstance(value, str) and value.lower().startswith(BASE_CHANGING):

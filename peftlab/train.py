@@ -14,7 +14,7 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint as files
+from . import hooks
 from .log import Log
 from .rows import Row, collate, digest, encode, kind_of, order
 from .runtime import accelerator_on, mode, stream
@@ -181,7 +182,9 @@ def _steps(
         )
     plain = _optimizer(parameters, s)
     peaks = [group["lr"] for group in plain.param_groups]
-    before, best, log = _copy(trained), {}, Log()
+    learning = hooks.learning(model)
+    memory = hooks.memory(learning)
+    before, forgotten, best, log = _copy(trained), _copy(memory), {}, Log()
 
     run = files.identity(model) | _description(s, plain, rows, valid, world)
     found = files.load(s.checkpoint) if s.checkpoint is not None and s.resume else None
@@ -190,6 +193,7 @@ def _steps(
         files.compare(s.checkpoint, state["run"], run)
         log = Log.from_dict(state["log"])
         _put(trained, files.part(tensors, "trained"))
+        _put(memory, files.part(tensors, "memory"))
         best = files.part(tensors, "best")
         files.unflatten(plain, files.part(tensors, "optimizer"), state["optimizer"])
         if scaler is not None:
@@ -205,9 +209,10 @@ def _steps(
             return
         if accelerator.is_main_process:
             momenta, rest = files.flatten(plain)
+            memories = {"memory": memory} if memory else {}
             state = {"run": run, "log": asdict(log), "optimizer": rest, "finished": finished}
             state["scaler"] = scaler.state_dict() if scaler is not None else None
-            files.save(s.checkpoint, {"trained": trained, "best": best, "optimizer": momenta}, state)
+            files.save(s.checkpoint, {"trained": trained, "best": best, "optimizer": momenta} | memories, state)
         accelerator.wait_for_everyone()
         saved = len(log)
 
@@ -222,13 +227,14 @@ def _steps(
                 group["lr"] = peak * s.rate(step)
             own = stream(s.seed, step, accelerator.process_index, device=parameters[0].device)
             with mode(model, training=True), own:
-                loss = _gradient(ready, batch, pad, accelerator, s.accumulation, s.penalty)
+                loss = _gradient(ready, batch, pad, accelerator, s.accumulation, s.penalty, learning)
                 norm = float(accelerator.clip_grad_norm_(parameters, s.clip or math.inf))
                 _check(loss, "loss", step, plain)
                 if scaler is None:  # with one, infinite gradients are its business: it skips the step
                     _check(norm, "gradient norm", step, plain)
                 whole = False
                 optimizer.step()
+                hooks.stepped(learning, step + 1, s.steps)
                 optimizer.zero_grad()
 
             log.losses.append(loss)
@@ -255,6 +261,7 @@ def _steps(
                 break
     except FloatingPointError:
         _put(trained, before)
+        _put(memory, forgotten)
         raise
     except (KeyboardInterrupt, GeneratorExit):  # Ctrl-C, or the loop over the steps was left
         if whole and saved < len(log):
@@ -267,8 +274,9 @@ def _steps(
 
 
 def _gradient(
-    model: nn.Module, batch: list[Row], pad: int, accelerator: Any, accumulation: int, penalty: Callable | None
-) -> float:
+    model: nn.Module, batch: list[Row], pad: int, accelerator: Any, accumulation: int, penalty: Callable | None,
+    learning: list[hooks.Group],
+) -> float:  # fmt: skip
     """Add up the gradient of the batch's mean loss over its micro-batches, a share of them on each process.
 
     Every label of the batch weighs the same. The mean of the micro-batches' means would favour labels in micro-batches
@@ -284,7 +292,9 @@ def _gradient(
         share = sum(row.trained for row in part) / total
         with nullcontext() if cut + world >= cuts else accelerator.no_sync(model):  # processes meet once per step
             mean = _loss(model, part, pad)
-            accelerator.backward(mean * (share * world))  # gradients of processes are averaged, ours must add up
+            own = hooks.penalty(learning)  # a method's own term; not logged either
+            whole = mean if own is None else mean + own
+            accelerator.backward(whole * (share * world))  # gradients of processes are averaged, ours must add up
         loss = loss + mean.detach() * share
     return accelerator.reduce(loss, "sum").item()
 
@@ -364,12 +374,12 @@ def _description(s: Settings, optimizer: torch.optim.Optimizer, rows: list[Row],
     } | penalty  # fmt: skip
 
 
-def _copy(trained: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+def _copy(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.detach().cpu().clone() for name, p in trained.items()}
 
 
 @torch.no_grad()
-def _put(trained: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+def _put(trained: Mapping[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, p in trained.items():
         p.copy_(values[name])
 

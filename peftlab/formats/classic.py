@@ -1,40 +1,20 @@
-"""HF PEFT's file layouts that are not one tensor per parameter and module: soft prompts and others, by peft_type.
-
-`files` asks here first. A layout is two functions: `to_hf` turns an adapter's parts into tensors and settings,
-`from_hf` turns a file back into what to attach where. Everything that is common to all files stays in `files`.
-"""
+"""The layouts of soft prompts, (IA)³ and trainable tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import is_conv1d, shape_of
-from .sites import at, bare, group, sites
-from .vocabulary import ties
+from ..layers import is_conv1d, shape_of
+from ..sites import at, bare, group, sites
+from ..vocabulary import ties
+from .common import PREFIX, Layout, Plan, Weights, keyed, paths_of
 
 if TYPE_CHECKING:
-    from .core import Adapter
-
-PREFIX = "base_model.model."  # before a module's path in a key
-Plan = dict[str, "tuple[type[Adapter], dict]"]  # bare path -> (method, hyper-parameters)
-Weights = dict[str, dict[str, Tensor]]  # bare path -> {our parameter: tensor}
-
-
-class Layout(NamedTuple):
-    """How one peft_type is laid out.
-
-    to_hf: (model, {path: adapter}) -> (key -> tensor, settings of adapter_config.json besides the common ones).
-    from_hf: (model, method, config, tensors) -> (plan, weights); ValueError, naming the key, for what cannot be read.
-    known: keys of the config that from_hf understands, or that change nothing in a finished adapter.
-    """
-
-    to_hf: Callable[[nn.Module, Mapping[str, Adapter]], tuple[dict[str, Tensor], dict[str, Any]]]
-    from_hf: Callable[[nn.Module, type[Adapter], dict, dict[str, Tensor]], tuple[Plan, Weights]]
-    known: frozenset[str]
+    from ..core import Adapter
 
 
 def _headed(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -132,7 +112,7 @@ def _adaption_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dic
     one, name = next(iter(found.values())), next(iter(found)).rpartition(".")[2]
     if list(found) != [p for p in sites(model) if p.endswith(f".{name}")][-len(found) :]:
         raise ValueError("HF PEFT's format has LLaMA-Adapter in the last attention layers only, without a gap")
-    return _keyed(found), {"target_modules": name, "adapter_len": one.hyper["k"], "adapter_layers": len(found)}
+    return keyed(found), {"target_modules": name, "adapter_len": one.hyper["k"], "adapter_layers": len(found)}
 
 
 def _adaption_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):
@@ -146,27 +126,12 @@ def _adaption_from_hf(model: nn.Module, method: type[Adapter], config: dict, ten
     return plan, weights
 
 
-def _keyed(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """The usual key of each parameter; a tensor that several sites share is written once for each."""
-    return {f"{PREFIX}{path}.{adapter.hf_params[n]}": p.detach().clone()
-            for path, adapter in found.items() for n, p in adapter.named_parameters()}  # fmt: skip
-
-
-def _paths(model: nn.Module, tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
-    """bare path -> tensor, of a file whose keys all end alike."""
-    found = {key.removeprefix(PREFIX).removesuffix(f".{ending}"): t for key, t in tensors.items()}
-    there = sites(model)
-    if strange := [path for path in found if path not in there]:
-        raise ValueError(f"{type(model).__name__} has no module {strange[0]!r}: this is an adapter of another model")
-    return found
-
-
 def _ia3_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """HF PEFT takes a target for feed-forward if its path ends in one of `feedforward_modules`, dot or no dot.
 
     They must be among `target_modules` too. Where endings would say something else, whole paths are written.
     """
-    from .files import _shortest
+    from ..files import _shortest
 
     inner = [path for path, adapter in found.items() if adapter.hyper["feedforward"]]
     outer = [path for path in found if path not in inner]
@@ -176,11 +141,11 @@ def _ia3_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str
     settings: dict[str, Any] = {"target_modules": targets, "feedforward_modules": endings}
     if any(is_conv1d(adapter.layer) for adapter in found.values()):
         settings["fan_in_fan_out"] = True
-    return _keyed(found), settings
+    return keyed(found), settings
 
 
 def _ia3_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):
-    found = _paths(model, tensors, "ia3_l")
+    found = paths_of(model, tensors, "ia3_l")
     there = sites(model)
     inner = {path: tuple(scale.shape) == (1, shape_of(bare(there[path]))[1]) for path, scale in found.items()}
     plan: Plan = {path: (method, {"feedforward": inner[path]}) for path in found}
@@ -191,11 +156,11 @@ def _tokens_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[
     """Tied tables are written once each, as HF PEFT does; only the first of them is a target there."""
     owners = [path for path, adapter in found.items() if not adapter.tied]
     settings = {"target_modules": owners, "token_indices": list(found[owners[0]].hyper["tokens"])}
-    return _keyed(found), settings
+    return keyed(found), settings
 
 
 def _tokens_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):
-    found = _paths(model, tensors, "trainable_tokens_delta")
+    found = paths_of(model, tensors, "trainable_tokens_delta")
     rows = {tied: rows for path, rows in found.items() for tied in ties(model, path)} | found
     plan: Plan = {path: (method, {"tokens": config["token_indices"]}) for path in rows}
     return plan, {path: {"rows": own} for path, own in rows.items()}
