@@ -82,11 +82,17 @@ METHODS = {
 # Registered classes that do not join: class -> why. One belongs here if `attach` refuses it without hyper-parameters or
 # without other adapters, or if with its defaults it is another method of the table.
 EXCLUDED = {
+    "ALoRA": "acts from its invocation on, which the tasks' texts do not have",
     "AdapterFusion": "reads two or more adapters that are trained already",
+    "CPT": "needs the tokens of its examples, and what each of them is",
+    "FishMask": "takes its places from data: inits.fish, lottery and project attach it",
     "Gated": "opens and closes another adapter of the same layers",
+    "LoRASoup": "weighs two or more LoRAs that are trained already",
     "ModuleCopy": "is full fine-tuning of the modules that are named",
     "MultitaskPromptTuning": "shares a prompt among tasks; with one task it is prompt tuning",
+    "Poly": "shares skills among tasks; with one task it is a LoRA with more parameters",
     "TrainableTokens": "needs the tokens whose vectors are trained",
+    "XLoRA": "mixes two or more adapters that are trained already",
 }
 JOINS_AT = 1e-2
 

@@ -31,7 +31,7 @@ _HOME = {  # name -> module that defines it
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 _ROOMS = ("base", "core", "course", "evaluate", "export", "files", "inits", "kbit", "lab", "layers", "leaderboard",
-          "methods", "nf4", "paths", "remedies", "retention", "serve", "server",
+          "methods", "nf4", "optim", "paths", "remedies", "retention", "serve", "server",
           "shapes", "sites", "store", "tasks", "vocabulary", "vram")  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from . import __version__
 
-VERBS = ("count", "export", "merge", "serve", "vram")
+VERBS = ("count", "export", "merge", "methods", "serve", "vram")
 
 
 def parser() -> argparse.ArgumentParser:

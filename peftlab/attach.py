@@ -207,9 +207,9 @@ def attach_plan(model: nn.Module, name: str, plan: Mapping[str, tuple[type[Adapt
         made[path].train(site.training)
         given = {**defaults_of(method), **hyper}
         made[path].hyper = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
-    for method in {type(adapter) for adapter in made.values()}:
-        try:
-            method.share({path: adapter for path, adapter in made.items() if type(adapter) is method})
+    for method in {type(adapter) for adapter in made.values() if type(adapter).part_of is None}:
+        try:  # with its parts
+            method.share({p: a for p, a in made.items() if method.__name__ in (type(a).__name__, type(a).part_of)})
         except ValueError as error:
             raise ValueError(f"{method.__name__}: {error}") from None
     if not hosts(model):

@@ -58,7 +58,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def share(cls, made: dict[str, Adapter]) -> None:
-        """Called with all new adapters of one attach, by path, for methods whose layers share parameters."""
+        """Called with all new adapters of one attach, and their parts, by path: for layers that share parameters."""
 
     @staticmethod
     def size(out_features: int, in_features: int, **hyper) -> int:

@@ -25,7 +25,8 @@ from .sites import at, bare, sites
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COPY = "ModuleCopy"
-PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern"}  # ours -> HF PEFT's; other settings are one per adapter
+# ours -> HF PEFT's; other settings are one per adapter. k: of FishMask, which HF PEFT has not
+PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern", "k": "k_pattern"}
 # settings that change nothing in what a finished adapter computes, or that the weights' own names say already
 IGNORED = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
@@ -33,7 +34,7 @@ IGNORED = {
     "runtime_config", "target_modules", "task_type", "megatron_core", "ensure_weight_tying", "eva_config",
 }  # fmt: skip
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq", "mica")  # initialisations that alter the base too
+BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # initialisations that alter the base too
 
 
 def _task(model: nn.Module) -> str | None:
@@ -167,13 +168,33 @@ def _settings(method: type[Adapter], main: Mapping[str, Adapter]) -> dict[str, A
         if not values:
             continue
         common = Counter(values.values()).most_common(1)[0][0]
-        settings[theirs] = common
+        head, _, tail = theirs.partition(".")  # "kasa_config.beta" is an entry of a section
+        if tail:
+            settings[head] = {**_section(settings, head), tail: common}
+        else:
+            settings[theirs] = common
         rest = {path: value for path, value in values.items() if value != common}
         if rest and ours not in PATTERNS:
             raise ValueError(f"{ours} differs between layers, which HF PEFT's format cannot express")
         if rest:
             settings[PATTERNS[ours]] = rest
     return settings
+
+
+def _section(config: Mapping[str, Any], head: str) -> dict[str, Any]:
+    """What a config holds under `head`, if that is a section of its own."""
+    return found if isinstance(found := config.get(head), dict) else {}
+
+
+def _given(config: Mapping[str, Any], method: type[Adapter]) -> dict[str, Any]:
+    """Our hyper-parameters, of those that a config names."""
+    given = {}
+    for ours, theirs in hyper_names(method).items():
+        head, _, tail = theirs.partition(".")
+        where, key = (_section(config, head), tail) if tail else (config, theirs)
+        if key in where:
+            given[ours] = where[key]
+    return given
 
 
 def _read(folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
@@ -216,7 +237,8 @@ def _method(config: dict, folder: Path) -> type[Adapter]:
         known = sorted({m.hf_type for m in METHODS.values() if m.hf_type})
         raise ValueError(f"{folder / CONFIG}: peft_type {kind!r} is not implemented here; there are {', '.join(known)}")
     layout = LAYOUTS.get(found.hf_type or "")
-    understood = {*IGNORED, *hyper_names(found).values(), *PATTERNS.values(), *(layout.known if layout else ()),
+    named_in = {theirs.partition(".")[0] for theirs in hyper_names(found).values()}
+    understood = {*IGNORED, *named_in, *PATTERNS.values(), *(layout.known if layout else ()),
                   *found.hf_flags, *found.hf_ignored}  # fmt: skip
     for key, value in config.items():
         init = key.startswith("init_")
@@ -255,9 +277,13 @@ def _plan(model: nn.Module, config: dict, tensors: dict[str, Tensor], method: ty
                 raise ValueError(f"{folder / WEIGHTS} holds {key!r}, for which {type(model).__name__} has no module: "
                                  "this is an adapter of another model")  # fmt: skip
             weights.setdefault(path, {})[parameter] = tensor
-        given = {ours: config[theirs] for ours, theirs in hyper_names(method).items() if theirs in config}
         by_layer = {ours: config.get(theirs) for ours, theirs in PATTERNS.items()}
-        plan = {path: (method, patterned(path, given, by_layer)) for path in weights}
+        try:
+            planned = method.plan(model, [path for path in there if path in weights], _given(config, method))
+        except ValueError as error:
+            raise ValueError(f"{folder} cannot be read as {method.__name__} for this {type(model).__name__}: {error}"
+                             ) from None  # fmt: skip
+        plan = {p: (kind, patterned(p, own, by_layer) if kind is method else own) for p, (kind, own) in planned.items()}
     return plan | {path: (METHODS[COPY], {}) for path in copies}, weights | copies
 
 

@@ -29,7 +29,7 @@ class LowRankLinear(torch.autograd.Function):
         else:
             y += (s * F.linear(z, B)).to(y.dtype)
         tensors = [t if isinstance(t, Tensor) else None for t in stored]
-        ctx.save_for_backward(x, z, A, B, *tensors)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, z, A, B, *tensors)  # a frozen A needs no x
         ctx.s, ctx.gradient = s, gradient
         ctx.facts = [None if isinstance(t, Tensor) else t for t in stored]
         return y
@@ -38,16 +38,16 @@ class LowRankLinear(torch.autograd.Function):
     def backward(ctx, g: Tensor):
         x, z, A, B, *tensors = ctx.saved_tensors
         stored = [fact if tensor is None else tensor for tensor, fact in zip(tensors, ctx.facts, strict=True)]
-        g = g.reshape(-1, g.shape[-1])
+        lead, g = g.shape[:-1], g.reshape(-1, g.shape[-1])
         own = g.to(B.dtype)
         gz = (own @ B).mul_(ctx.s)
         grad_B = (z.view(-1, z.shape[-1]).T @ own).mul_(ctx.s).T  # three times as fast as ownᵀ·z: z is the thin one
-        grad_A = gz.T @ x.reshape(-1, x.shape[-1]).to(A.dtype)
+        grad_A = None if x is None else gz.T @ x.reshape(-1, x.shape[-1]).to(A.dtype)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = ctx.gradient(g, *stored)
             grad_x = grad_x.addmm_(gz, A) if A.dtype == grad_x.dtype else grad_x.add_((gz @ A).to(grad_x.dtype))
-            grad_x = grad_x.view(x.shape)
+            grad_x = grad_x.view(*lead, A.shape[1])
         return grad_x, grad_A, grad_B, *[None] * (3 + len(stored))
 
 

@@ -118,7 +118,8 @@ class Seen:
     def __init__(self, adapters: Sequence[nn.Module]):
         modules = [module for adapter in adapters for module in adapter.modules()]
         slots = [(held, key) for m in modules for held in (m._parameters, m._buffers) for key in held]
-        slots += [(vars(a), key) for a in adapters for key, value in vars(a).items() if isinstance(value, int | float)]
+        plain = int | float | Tensor  # a tensor here is a parameter that another layer holds
+        slots += [(vars(a), key) for a in adapters for key, value in vars(a).items() if isinstance(value, plain)]
         self.holders, self.keys = [held for held, _ in slots], [key for _, key in slots]
         self.things = self.now()
         self.tensors = [thing for thing in self.things if isinstance(thing, Tensor)]

@@ -163,6 +163,10 @@ def rescale(model: nn.Module, name: str, a: float) -> nn.Module:
     if without := [path for path, factors in products.items() if factors is None]:
         raise ValueError(f"{type(found[without[0]]).__name__} at {without[0]!r} is not a product s·B·A: there is no "
                          "factor to multiply; call model.eval() if it is LoRA with dropout")  # fmt: skip
-    for factors in products.values():
-        factors[1].mul_(a)  # type: ignore[index]  # B
+    B = {path: factors[1] for path, factors in products.items() if factors is not None}
+    if computed := [path for path in found if not any(B[path] is own for own in found[path].parameters())]:
+        raise ValueError(f"{type(found[computed[0]]).__name__} at {computed[0]!r} computes its B in each pass, from a "
+                         "start or from other factors; make a plain LoRA of it: to_lora, or save and load it")
+    for factor in B.values():
+        factor.mul_(a)
     return model

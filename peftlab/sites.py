@@ -83,6 +83,14 @@ def _feed_forward(path: str, site: nn.Module, model: nn.Module) -> bool:
     return FEED_FORWARD.fullmatch(type(module).__name__) is not None and linear >= 2
 
 
+def _block(path: str, site: nn.Module, model: nn.Module) -> bool:
+    """An outermost member of a list of modules that holds attention: T5's blocks are lists of sublayers themselves."""
+    if [name.isdigit() for name in path.split(".")].count(True) != 1 or not path.rpartition(".")[2].isdigit():
+        return False
+    listed = isinstance(bare(at(model, path.rpartition(".")[0])), nn.ModuleList)
+    return listed and any(_attention(inner, module, model) for inner, module in sites(bare(site)).items())
+
+
 def _attention_output(path: str, site: nn.Module, model: nn.Module) -> bool:
     return _linear(path, site, model) and ATTENTION_OUTPUT.fullmatch(path) is not None  # RoBERTa's head has an out_proj
 
@@ -127,6 +135,7 @@ def _takes(module: nn.Module, argument: str) -> bool:
 GROUPS: dict[str, tuple[Callable[[str, nn.Module, nn.Module], bool], str]] = {
     "all-linear": (_linear, "linear layer besides its output head"),
     "all-attention": (_attention, "attention module"),
+    "all-blocks": (_block, "list of blocks that hold attention"),
     "all-mlp": (_feed_forward, "feed-forward module of its own"),
     "attention-output": (_attention_output, "linear layer known as an attention's last"),
     "ffn-output": (_ffn_output, "linear layer known as a feed-forward network's last"),

@@ -180,13 +180,14 @@ def _steps(
         raise ValueError(
             f"batch_size={s.batch_size} is too small for {world} processes × accumulation={s.accumulation}"
         )
-    plain = _optimizer(parameters, s)
+    run = files.identity(model)
+    plain = _optimizer(parameters, s)  # may freeze some for a while (`optim.badam`)
     peaks = [group["lr"] for group in plain.param_groups]
     learning = hooks.learning(model)
     memory = hooks.memory(learning)
     before, forgotten, best, log = _copy(trained), _copy(memory), {}, Log()
 
-    run = files.identity(model) | _description(s, plain, rows, valid, world)
+    run |= _description(s, plain, rows, valid, world)
     found = files.load(s.checkpoint) if s.checkpoint is not None and s.resume else None
     if found is not None and s.checkpoint is not None:
         tensors, state = found
@@ -269,6 +270,8 @@ def _steps(
         raise
     finally:
         optimizer.zero_grad()
+        for p in parameters:
+            p.requires_grad_(True)  # as they were
         accelerator.unwrap_model(ready, keep_fp32_wrapper=False)
         accelerator.free_memory()
 

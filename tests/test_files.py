@@ -105,8 +105,9 @@ def test_an_adapter_of_another_model(saved):
     ("change", "said"),
     [
         (dict(peft_type="WOBBLE"), "'WOBBLE' is not implemented"),
-        (dict(use_dora=True), "use_dora=True is a variant"),
-        (dict(lora_bias=True), "lora_bias=True"),
+        (dict(use_dora=True), "only one has 'm'"),
+        (dict(lora_bias=True), "only one has 'c'"),
+        (dict(use_dora=True, use_bdlora={"nblocks": 2}), "is a variant that"),
         (dict(bias="all"), "bias='all'"),
         (dict(layer_replication=[[0, 1]]), "layer_replication"),
         (dict(trainable_token_indices=[1]), "trainable_token_indices"),

@@ -4,11 +4,17 @@
 `from_hf` turns a file back into what to attach where. Everything that is common to all files stays in `files`.
 """
 
-from . import classic
+from . import classic, decomposed, mixtures, orthogonal, shared, side, structured
 from .common import PREFIX, Layout, Plan, Weights
 
 LAYOUTS: dict[str, Layout] = {
     **classic.LAYOUTS,
+    **decomposed.LAYOUTS,
+    **mixtures.LAYOUTS,
+    **orthogonal.LAYOUTS,
+    **shared.LAYOUTS,
+    **side.LAYOUTS,
+    **structured.LAYOUTS,
 }
 
 __all__ = ["LAYOUTS", "PREFIX", "Layout", "Plan", "Weights"]

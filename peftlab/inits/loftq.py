@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..attach import Targets, adapters, check_attached, merged_names
-from ..core import Adapter
-from ..layers import weight_of
+from ..attach import Targets
 from ..nf4 import Packed, pack, unpack
-from ..nf4_layer import check_linear, paths_to_quantize, quantize
-from ..sites import at, bare
+from ._common import check_turns, quantize_with
 
 
 def loftq(model: nn.Module, name: str = "default", iterations: int = 1, skip: Targets = (), also: Targets = (), *,
@@ -34,33 +31,12 @@ def loftq(model: nn.Module, name: str = "default", iterations: int = 1, skip: Ta
     s = alpha/r: its model begins nearest to W with alpha = r, no nearer than plain NF4 with 2r, further off above it.
     Source: Li et al. 2023, arXiv:2310.08659, algorithm 1.
     """
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations={iterations!r}: must be a whole number, at least 1")
-    packed, found = paths_to_quantize(model, skip, also), {}
-    for path, adapter in _untrained(model, name).items():
-        if path in packed:
-            layer = bare(at(model, path))
-            try:
-                check_linear(layer)
-            except ValueError as error:
-                raise ValueError(f"{path!r}: {error}, and LoftQ fits what the packing loses: load the dense model, "
-                                 "attach LoRA, and call loftq in place of quantize") from None  # fmt: skip
-            W, r = weight_of(layer), len(adapter.lora_A)
-            if W.is_meta:
-                raise ValueError(f"{path!r} is on the meta device: it has no weights to fit; load the model first")
-            try:
-                found[path] = factors(W, r, iterations, adapter.scaling, block=block, kind=kind, double=double)
-            except ValueError as error:
-                raise ValueError(f"{path!r} cannot be quantised: {error}") from None
-    if not found:
-        raise ValueError(f"no layer of adapter {name!r} is quantised; choose other layers with skip= and also=")
-    quantize(model, skip, also, block=block, kind=kind, double=double, compute=compute)
-    there = adapters(model)[name]
-    for path, (Q, A, B) in found.items():
-        bare(at(model, path))._put(Q)
-        there[path].lora_A.data.copy_(A)
-        there[path].lora_B.data.copy_(B)
-    return model
+    check_turns(iterations)
+
+    def fit(W: Tensor, r: int, scaling: float) -> tuple[Packed, Tensor, Tensor]:
+        return factors(W, r, iterations, scaling, block=block, kind=kind, double=double)
+
+    return quantize_with(model, name, "LoftQ", fit, skip, also, block, kind, double, compute)
 
 
 @torch.no_grad()
@@ -86,26 +62,3 @@ def factors(W: Tensor, r: int, iterations: int = 1, scaling: float = 1.0, *, blo
             best = error, Q, A, B
     _, Q, A, B = best
     return Q._replace(dtype=dtype), A, B / scaling
-
-
-def _untrained(model: nn.Module, name: str) -> dict[str, Adapter]:
-    """path -> the LoRA of this name there. ValueError if it is something else, or holds something already."""
-    from ..methods.lora import LoRA
-    from ..methods.module_copy import ModuleCopy
-
-    check_attached(model, [name])
-    if merged_names(model):
-        raise ValueError(f"{', '.join(merged_names(model))} is merged into the weights; unmerge(model) first")
-    found = {path: a for path, a in adapters(model)[name].items() if not isinstance(a, ModuleCopy)}
-    for path, adapter in found.items():
-        if type(adapter) is not LoRA:
-            raise ValueError(f"{name!r} is {type(adapter).__name__}, and LoftQ fills the A and B of LoRA; "
-                             "attach(model, LoRA, …) instead")  # fmt: skip
-        if adapter.lora_B.is_meta:
-            continue
-        if adapter.lora_B.any():
-            raise ValueError(f"{name!r} is trained (its B on {path!r} is not zero) and would be overwritten; attach a "
-                             "new LoRA under another name")  # fmt: skip
-        if not adapter.scaling:
-            raise ValueError(f"{name!r} has alpha=0, so no A and B can add anything; attach it with alpha above 0")
-    return found

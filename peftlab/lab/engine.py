@@ -166,10 +166,12 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def train_run(run: Run, model, data: Mapping[str, Any], tokenizer, early: int) -> dict[str, float]:
+def train_run(
+    run: Run, model, data: Mapping[str, Any], tokenizer, early: int, optimizer: Any = "adamw"
+) -> dict[str, float]:
     """Train as a run's settings say; its train_loss, valid_loss and early_loss, which is that of the first steps.
 
-    A run that diverged has no losses (nan): its trained parameters are back at their start, and are judged like that.
+    optimizer: as `train` takes it. A run that diverged has no losses (nan): its trained parameters are back at their start, and are judged like that.
     """
     import peftlab as pl
 
@@ -177,7 +179,7 @@ def train_run(run: Run, model, data: Mapping[str, Any], tokenizer, early: int) -
     try:
         log = pl.train(model, data["train"], tokenizer, steps=settings["steps"], batch_size=settings["batch_size"],
                        lr=run.learning_rate, seed=run.seed, valid=data["valid"], valid_every=settings["steps"],
-                       progress=False)  # fmt: skip
+                       progress=False, optimizer=optimizer)  # fmt: skip
         losses = last(log.losses), log.valid_losses[settings["steps"]], last(log.losses[:early])
     except FloatingPointError:
         losses = (math.nan,) * 3

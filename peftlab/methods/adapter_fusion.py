@@ -31,6 +31,8 @@ class AdapterFusion(Adapter):
     Source: Pfeiffer et al. 2021, arXiv:2005.00247, section 3.2.
     """
 
+    family = "mixture"
+
     def __init__(self, layer: nn.Module, of: tuple[str, ...] = ()):
         super().__init__(layer)
         self.needs = several(of)

@@ -24,6 +24,7 @@ class BitFit(Adapter):
     Source: Ben Zaken et al. 2022, arXiv:2106.10199, section 3.
     """
 
+    family = "selective and sparse"
     hf_params = {"delta_b": "delta_b"}
     targets = "all-biases"
 

@@ -27,6 +27,7 @@ class C3A(Adapter):
     Source: Chen et al. 2024, "Parameter-efficient fine-tuning via circular convolution", arXiv:2407.19342, section 3.
     """
 
+    family = "spectral and structured"
     hf_type = "C3A"
     hf_hyper = {"block_size": "block_size"}
 

@@ -24,6 +24,7 @@ class Compacter(Adapter):
     Source: Karimi Mahabadi et al. 2021, arXiv:2106.04647, "Compacter layer"; Compacter++ is targets="ffn-output".
     """
 
+    family = "bottleneck"
     targets = "sublayer-output"
 
     def __init__(

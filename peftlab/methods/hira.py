@@ -24,6 +24,7 @@ class HiRA(Adapter):
     ICLR 2025, OpenReview TwJrTz9cRS, section 3.2.
     """
 
+    family = "Hadamard and Kronecker"
     hf_type = "HIRA"
     hf_hyper = {"r": "r", "dropout": "hira_dropout"}
 

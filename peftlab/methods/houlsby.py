@@ -21,6 +21,7 @@ class Houlsby(Adapter):
     Source: Houlsby et al. 2019, arXiv:1902.00751, section 2.1 (which trains the layer norms too: LNTuning).
     """
 
+    family = "bottleneck"
     targets = "sublayer-output"
 
     def __init__(

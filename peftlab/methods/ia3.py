@@ -30,6 +30,7 @@ class IA3(Adapter):
     Source: Liu et al. 2022, arXiv:2205.05638, section 3.3.
     """
 
+    family = "scaling"
     hf_type = "IA3"
     hf_params = {"ia3_l": "ia3_l"}
     targets = f"({KEYS_VALUES}|{FEEDFORWARD})"

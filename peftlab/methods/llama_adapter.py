@@ -26,6 +26,7 @@ class LlamaAdapter(Adapter):
     Source: Zhang et al. 2023, arXiv:2303.16199, sections 3.1, 3.2; one gate a layer and P ~ N(0, 1) as in HF PEFT.
     """
 
+    family = "soft prompt"
     hf_type, targets, mixes = "ADAPTION_PROMPT", "all-attention", False
     hf_hyper = {"k": "adapter_len", "layers": "adapter_layers"}
     hf_params = {"adaption_prompt": "adaption_prompt", "adaption_gate": "adaption_gate"}

@@ -21,6 +21,7 @@ class LNTuning(Adapter):
     Source: Zhao et al. 2023, arXiv:2312.11420.
     """
 
+    family = "scaling"
     hf_type = "LN_TUNING"
     hf_params = {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"}
     targets = "all-norms"

@@ -23,6 +23,7 @@ class LoHa(Adapter):
     section 3. File names are those of LyCORIS: hada_w1_a is B₁, hada_w1_b is A₁.
     """
 
+    family = "Hadamard and Kronecker"
     hf_type = "LOHA"
     hf_hyper = {"r": "r", "alpha": "alpha"}
 

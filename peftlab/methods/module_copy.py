@@ -19,6 +19,7 @@ class ModuleCopy(Adapter):
     Source: modules_to_save of HF PEFT, docs of LoraConfig; its use for heads: Hu et al. 2021, arXiv:2106.09685, 5.1.
     """
 
+    family = "selective and sparse"
     replaces = True
 
     def __init__(self, layer: nn.Module):

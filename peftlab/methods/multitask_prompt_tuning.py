@@ -22,6 +22,7 @@ class MultitaskPromptTuning(Adapter):
     Source: Wang et al. 2023, arXiv:2303.02861, section 3.1.
     """
 
+    family = "soft prompt"
     targets, mixes = "decoder", False
     hf_type = "MULTITASK_PROMPT_TUNING"
     hf_hyper = {"k": "num_virtual_tokens", "tasks": "num_tasks", "rank": "num_ranks"}

@@ -24,6 +24,7 @@ class PTuning(Adapter):
     Source: Liu et al. 2021, arXiv:2103.10385, section 3.2; the network's layers are those of HF PEFT.
     """
 
+    family = "soft prompt"
     targets, mixes = "decoder", False
     hf_type, hf_hyper, hf_params = "P_TUNING", {"k": "num_virtual_tokens"}, {"prompt": "prompt_embeddings"}
 

@@ -21,6 +21,7 @@ class ParallelAdapter(Adapter):
     Source: He et al. 2022, arXiv:2110.04366, sections 3.3 and 4.5; initialisation: its official code.
     """
 
+    family = "bottleneck"
     targets = "all-mlp"
 
     def __init__(

@@ -21,6 +21,7 @@ class Pfeiffer(Adapter):
     Source: Pfeiffer et al. 2021, arXiv:2005.00247, appendix: found best by a search over places.
     """
 
+    family = "bottleneck"
     targets = "ffn-output"
 
     def __init__(

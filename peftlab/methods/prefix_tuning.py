@@ -24,6 +24,7 @@ class PrefixTuning(Adapter):
     Source: Li & Liang 2021, arXiv:2101.00190, sections 4.2, 4.3; in each layer: Liu et al. 2021, arXiv:2110.07602.
     """
 
+    family = "soft prompt"
     hf_type, targets, mixes = "PREFIX_TUNING", "all-attention", False
     hf_hyper = {"k": "num_virtual_tokens"}
 

@@ -22,6 +22,7 @@ class PromptTuning(Adapter):
     Source: Lester et al. 2021, arXiv:2104.08691, sections 2 and 3.2.
     """
 
+    family = "soft prompt"
     targets, mixes = "decoder", False
     hf_type, hf_hyper, hf_params = "PROMPT_TUNING", {"k": "num_virtual_tokens"}, {"prompt": "prompt_embeddings"}
 

@@ -28,7 +28,7 @@ class RoAd(Adapter):
     Source: Liao and Monz 2024, "3-in-1: 2D rotary adaptation", arXiv:2409.00119, section 3.2, equation 4.
     """
 
-    hf_type = "ROAD"
+    family, hf_type = "orthogonal", "ROAD"
     hf_hyper = {"variant": "variant", "group_size": "group_size"}
 
     def __init__(self, layer: nn.Module, variant: str = "road_1", group_size: int | None = None):

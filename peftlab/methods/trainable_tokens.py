@@ -26,7 +26,7 @@ class TrainableTokens(Adapter):
     Source: HF PEFT, docs of TrainableTokensConfig; a new word learnt alone: Gal et al. 2022, arXiv:2208.01618.
     """
 
-    hf_type = "TRAINABLE_TOKENS"
+    family, hf_type = "selective and sparse", "TRAINABLE_TOKENS"
     hf_hyper, hf_params = {"tokens": "token_indices"}, {"rows": "trainable_tokens_delta"}
     targets = "embeddings"
 
