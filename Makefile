@@ -17,7 +17,7 @@ NB ?=
 BENCHMARKS := benchmarks/step.py benchmarks/count.py benchmarks/nf4.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab test test-fast test-notebooks test-browser test-export lint bench notebooks count pins clean
+.PHONY: help setup lab test test-fast test-notebooks test-browser test-export test-grid lint bench notebooks count pins clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ test-browser: setup  ## JupyterLab in a real Chromium: a lesson runs and its wid
 
 test-export: setup  ## exported files in the real llama.cpp, if it is installed: pip install -e ".[llama]"
 	$(FIXED) $(BIN)/python -m pytest tests/export -m export -s $(ARGS)
+
+test-grid: setup  ## the rest of the grids of which `make test` runs a part: a quarter of an hour
+	$(FIXED) $(BIN)/python -m pytest tests -m grid -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: setup  ## ruff (notebooks too), mypy on peftlab/, codespell
 	@failed=; for tool in "ruff check ." mypy codespell; do \

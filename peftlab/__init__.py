@@ -18,8 +18,11 @@ _HOME = {  # name -> module that defines it
     "baselines": ["full_finetuning", "last_layers"],
     "count": ["count"],
     "files": ["load_adapter", "save_adapter"],
+    "intruders": ["intruders", "reduce_intruders"],
+    "lorahub": ["lorahub"],
     "lowrank": ["extract", "to_lora"],
     "merge": ["combine", "merge", "unmerge"],
+    "methods.arrow": ["Arrow"],
     "nf4_files": ["save_quantized"],
     "nf4_layer": ["NF4Linear", "quantize"],
     "nf4_loading": ["load_quantized"],
@@ -30,8 +33,8 @@ _HOME = {  # name -> module that defines it
     "course.source": ["show"],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
-_ROOMS = ("base", "core", "course", "evaluate", "export", "files", "inits", "kbit", "lab", "layers", "leaderboard",
-          "methods", "nf4", "optim", "paths", "remedies", "retention", "serve", "server",
+_ROOMS = ("base", "catalogue", "core", "course", "evaluate", "export", "files", "inits", "kbit", "lab", "layers",
+          "leaderboard", "methods", "nf4", "optim", "paths", "remedies", "retention", "serve", "server",
           "shapes", "sites", "store", "tasks", "vocabulary", "vram")  # fmt: skip
 
 

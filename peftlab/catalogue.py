@@ -24,7 +24,7 @@ FAMILIES = (
     "low-rank", "shared and vector-based", "Hadamard and Kronecker", "spectral and structured", "orthogonal",
     "selective and sparse", "scaling", "bottleneck", "soft prompt", "representation", "mixture", "side network",
 )  # fmt: skip
-INITIALISATION, OPTIMIZER = "initialisation", "optimizer"  # the families of what is no adapter
+INITIALISATION, OPTIMIZER, PROCEDURE = "initialisation", "optimizer", "procedure"  # the families of what is no adapter
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -51,16 +51,37 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """All of them: methods by family and year, then initialisations and optimizers. A few milliseconds."""
-    from . import methods  # noqa: F401  fills METHODS
+    """All of them: methods by family and year, then initialisations, optimizers and procedures. A few milliseconds."""
     from .inits import INITS
     from .optim import OPTIMIZERS
 
     known = json.loads((HERE / "catalogue.json").read_text(encoding="utf-8"))
-    found = [_method(c, known.get(n, {})) for n, c in METHODS.items() if c.__module__.startswith("peftlab.")]
+    found = [_method(c, known.get(n, {})) for n, c in classes().items()]
     found.sort(key=lambda e: (FAMILIES.index(e.family), e.year or 0, e.name))
-    inits = [_function(f, INITIALISATION, known.get(n, {})) for n, f in INITS.items()]
-    return found + inits + [_function(f, OPTIMIZER, known.get(n, {})) for n, f in OPTIMIZERS.items()]
+    others = {INITIALISATION: INITS, OPTIMIZER: OPTIMIZERS, PROCEDURE: procedures()}
+    return found + [_read(name, inspect.unwrap(thing), family, "", None, known.get(name, {}))
+                    for family, there in others.items() for name, thing in there.items()]  # fmt: skip
+
+
+def classes() -> dict[str, type[Adapter]]:
+    """METHODS, without those of a reader's own, and Arrow, which is no member because nothing of it is trained."""
+    from . import methods  # noqa: F401  fills METHODS
+    from .methods.arrow import Arrow
+
+    return {name: c for name, c in METHODS.items() if c.__module__.startswith("peftlab.")} | {"Arrow": Arrow}
+
+
+def procedures() -> dict[str, Callable]:
+    """What is no method, start or optimizer: unions of methods, choices of targets and masks, searches, penalties."""
+    from . import inits, optim, unions
+    from .intruders import reduce_intruders
+    from .lorahub import lorahub
+
+    return {
+        "MAM": unions.mam, "UniPELT": unions.unipelt, "FISH mask": inits.fish, "LT-SFT": inits.lottery,
+        "KappaTune": inits.kappatune, "O-LoRA": optim.OLoRA, "intruder reduction": reduce_intruders,
+        "LoraHub": lorahub,
+    }  # fmt: skip
 
 
 def entry(name: str) -> Entry:
@@ -78,11 +99,8 @@ def entry(name: str) -> Entry:
 def _method(method: type[Adapter], can: dict) -> Entry:
     own = method.expected.__doc__ if "expected" in vars(method) and method.expected.__doc__ else method.size.__doc__
     count = "" if own == Adapter.size.__doc__ else " ".join((own or "").split()).rstrip(".")
+    count = "nothing" if method.part_of else count  # Arrow
     return _read(method.__name__, method, method.family, count, method.hf_type, can)
-
-
-def _function(function: Callable, family: str, can: dict) -> Entry:
-    return _read(function.__name__, function, family, "", None, can)
 
 
 def _read(name: str, thing: Any, family: str, count: str, hf_type: str | None, can: dict) -> Entry:

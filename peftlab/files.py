@@ -118,6 +118,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     if len(kinds) > 1:
         raise ValueError(f"adapter {name!r} mixes {', '.join(k.__name__ for k in kinds)}: HF PEFT's format holds one "
                          "method a folder; attach them under two names")  # fmt: skip
+    if not main and not copies:
+        what = ", ".join(sorted({type(a).__name__ for a in found.values()}))
+        raise ValueError(f"{name!r} is {what}, which trains nothing: there is nothing to save; attach it anew")
     method, task = kinds.pop() if kinds else METHODS[COPY], _task(model)
     settings: dict[str, Any]
     if method.hf_type in LAYOUTS:

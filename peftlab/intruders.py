@@ -65,6 +65,7 @@ def reduce_intruders(model: nn.Module, name: str, into: str, top: int = 10, epsi
     Each intruder adds a rank, and the new adapter keeps the rank and alpha of the old one, as HF PEFT does: its r
     largest singular values. A layer without intruders keeps its A and B. factor: 1 keeps all, 0 removes them.
     Returns the intruders that were found. Raises ValueError as `intruders`, and for a name that is taken.
+    Source: Shuttleworth et al. 2024, arXiv:2410.21228.
     """
     from .methods.lora import LoRA
 

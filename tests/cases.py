@@ -74,6 +74,7 @@ CASES: dict[str, Case] = {
     # mixtures: parts of them sit on the whole decoder
     "Poly": Case(affine="no weight can stand for", shake=0.2),
     "Lily": Case(hyper=dict(r=4, stride=2), affine="not an affine map", shake=0.3),
+    "Arrow": Case(identity=False, affine="not an affine map"),  # for the table: nothing of it is trained, so no law
     "MixLoRA": Case(targets="layers.0.mlp", hyper=dict(r=4, experts=2), affine="no weight can stand for", shake=0.3),
     "LoRASoup": Case(hyper=dict(of=("x", "y")), identity=False, shake=0.5, before=experts("x", "y")),
     "XLoRA": Case(

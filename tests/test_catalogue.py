@@ -6,13 +6,13 @@ import inspect
 import json
 import re
 
+import catalogue as script
 import peft
 import pytest
 
-import catalogue as script
 import peftlab as pl
 from peftlab.__main__ import main
-from peftlab.catalogue import FAMILIES, INITIALISATION, OPTIMIZER, entries, entry
+from peftlab.catalogue import FAMILIES, INITIALISATION, OPTIMIZER, PROCEDURE, entries, entry, procedures
 
 ALL = entries()
 each = pytest.mark.parametrize("one", ALL, ids=lambda e: e.name)
@@ -22,18 +22,17 @@ def test_everything_that_is_registered_is_in_it_once():
     from peftlab.inits import INITS
     from peftlab.optim import OPTIMIZERS
 
-    ours = [name for name, method in pl.METHODS.items() if method.__module__.startswith("peftlab.")]
-    assert sorted(e.name for e in ALL) == sorted([*ours, *INITS, *OPTIMIZERS])
+    ours = ["Arrow", *(name for name, method in pl.METHODS.items() if method.__module__.startswith("peftlab."))]
+    assert sorted(e.name for e in ALL) == sorted([*ours, *INITS, *OPTIMIZERS, *procedures()])
 
 
 @each
 def test_each_says_what_it_is_its_equation_its_count_and_its_paper(one):
-    assert one.family in (*FAMILIES, INITIALISATION, OPTIMIZER)
+    assert one.family in (*FAMILIES, INITIALISATION, OPTIMIZER, PROCEDURE)
     assert one.what and not one.what.endswith(".") and len(one.what) < 120
     assert re.search(r"\w", one.source), "Source: authors year, paper"
-    assert one.family in (INITIALISATION, OPTIMIZER) or (one.count and one.equation)
-    if one.family not in (INITIALISATION, OPTIMIZER):
-        assert one.lines <= 80
+    if one.family in FAMILIES:
+        assert one.count and one.equation and one.lines <= 80
     if one.arxiv:
         assert one.year and 0 <= one.year - (2000 + int(one.arxiv[:2])) <= 3, "printed in a journal later, never before"
 

@@ -20,6 +20,9 @@ BASES = ["fp32", "bf16", "nf4"]  # nf4: float32 weights packed in four bits, all
 every = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
 each_base = pytest.mark.parametrize("dtype", BASES)
 fp32_and_nf4 = pytest.mark.parametrize("dtype", ["fp32", "nf4"])
+half = [pytest.param(method, dtype, id=f"{method.__name__}-{dtype}", marks=[pytest.mark.grid] if (i + j) % 2 else [])
+        for i, method in enumerate(METHODS) for j, dtype in enumerate(["fp32", "nf4"])]  # fmt: skip
+on_one_base = pytest.mark.parametrize(("method", "dtype"), half)  # compiling takes seconds: on the other in the grid
 
 
 def base(dtype: str = "fp32", method=None):
@@ -186,8 +189,7 @@ def test_6_saved_and_loaded_it_is_the_same(method, dtype, tmp_path):
         assert {p: a.hyper for p, a in pl.adapters(again)["c"].items()} == hyper
 
 
-@fp32_and_nf4
-@every
+@on_one_base
 def test_7_copied_pickled_and_compiled_it_is_the_same(method, dtype):
     model = with_two(method, dtype)
     pl.activate(model, *most(method))

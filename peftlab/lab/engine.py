@@ -171,7 +171,8 @@ def train_run(
 ) -> dict[str, float]:
     """Train as a run's settings say; its train_loss, valid_loss and early_loss, which is that of the first steps.
 
-    optimizer: as `train` takes it. A run that diverged has no losses (nan): its trained parameters are back at their start, and are judged like that.
+    optimizer: as `train` takes it. A run that diverged has no losses (nan): its trained parameters are back at their
+    start, and are judged like that.
     """
     import peftlab as pl
 

@@ -42,9 +42,9 @@ class Arrow(Adapter):
     @classmethod
     def plan(cls, model, paths, hyper):
         """Those of the target layers that carry the experts."""
-        general = hyper.get("general", ())
-        names = (*several(hyper.get("of", ())), *((general,) if isinstance(general, str) else general))
-        return {path: (cls, hyper) for path in carriers(model, paths, names)}
+        taken = hyper.get("general", ())
+        names = (*several(hyper.get("of", ())), *((taken,) if isinstance(taken, str) else taken))
+        return dict.fromkeys(carriers(model, paths, names), (cls, hyper))
 
     def expected(self) -> int:
         return 0

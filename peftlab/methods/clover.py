@@ -12,12 +12,11 @@ from ._block_sizes import block_of, fitting
 
 
 class CLOVER(Adapter):
-    """CLOVER (cross-layer orthogonal vectors): each head's weight as a small matrix times orthonormal directions; the
-    small matrix is trained, so that a head combines its own directions anew: a change of full rank.
+    """CLOVER (cross-layer orthogonal vectors): by a small matrix, each head mixes its own orthonormal directions anew.
 
-    h = W₀x + b, with W₀ cut along the outputs into heads W_h (d, in) = T_h·V_h, V_h·V_hᵀ = I. T_h (d, d) becomes
-    T_h + S_h, and S_h starts at 0, so that training starts at the base. V_hx = T_h⁻¹W_hx is had from what the layer
-    gives out, without its bias: h ← h + S_h·T_h⁻¹·(h − b). T_h = (W_h·W_hᵀ)^½, the one that no choice of signs enters.
+    h ← h + S_h·T_h⁻¹·(h − b) on each head h of W₀x + b, W₀ cut along the outputs into W_h (d, in) = T_h·V_h, with
+    V_h·V_hᵀ = I. T_h (d, d) becomes T_h + S_h, a change of full rank, and S_h starts at 0, so that training starts at
+    the base. T_h = (W_h·W_hᵀ)^½, the one that no choice of signs enters.
 
     This is the paper's form for keys and MLP layers, where d neighbours count as a head. For values it has the matrix
     between V and the output layer instead: the same functions in other coordinates (both reach every W_V·M·W_O).

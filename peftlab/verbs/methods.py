@@ -15,7 +15,7 @@ import json
 HELP = "list the whole field: equation, count formula, paper, abilities"
 MARKS = (("starts", "S", "starts at the base"), ("merges", "M", "merges into the weights"),
          ("mixes", "B", "runs in mixed batches"), ("reads", "W", "reads the dense weight"),
-         ("reference", "R", "compared with HF PEFT"))  # fmt: skip
+         ("data", "D", "needs data to begin"), ("reference", "R", "compared with HF PEFT"))  # fmt: skip
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
