@@ -10,7 +10,7 @@ FIXED := env -u PEFTLAB_BASE OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 CUDA_VISIBLE_DE
 NBVAL ?= --nbval
 ARGS ?=
 NB ?=
-# lora_rank.py, classic.py, qlora.py, forgetting.py and remedies.py are experiments of half an hour and more with
+# lora_rank.py, classic.py, field.py, qlora.py, forgetting.py and remedies.py are experiments of half an hour and more with
 # recorded results: run by hand, as are adapters.py and merging.py; agreement.py needs llama.cpp;
 # quantize_memory.py and vram_published.py take minutes, nf4_gpu.py and vram_gpu.py a GPU; serve.py, latency.py and
 # many_adapters.py write their records in data/results anew

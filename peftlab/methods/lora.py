@@ -15,7 +15,7 @@ class LoRA(Adapter):
     """LoRA: the change of a frozen weight is a product of two thin matrices.
 
     h = W₀x + (α/r)·B·A·x, with A (r, in) drawn at random and B (out, r) zero, so that training starts at the base.
-    With `rslora` the scale is α/√r, which keeps the size of the update the same at every rank. With `lora_bias` the
+    With `rslora` the scale is α/√r, meant to keep the size of the update the same at every rank. With `lora_bias` the
     product has a bias c (out,) too, from zero: h = W₀x + (α/r)·(B·A·x + c), as in HF PEFT.
     An initialisation that begins at B₀, A₀ subtracts it: h = W₀x + (α/r)·(B·A − B₀·A₀)·x, with W₀ as it was.
 

@@ -101,10 +101,10 @@ QUESTIONS = (
             ),
             no(
                 "No: a higher rank is always better.",
-                "The experiments of this lesson show no such thing.",
+                "More directions often went along with a lower loss here, and often is not always.",
             ),
             yes(
-                "That was not the question. Train each, at its own tuned rate, and look at the task.",
+                "That was not asked. Train each, at its own tuned rate, and look at the task.",
                 "A structure need not hit the change that another method made in order to lower the loss.",
             ),
         ),

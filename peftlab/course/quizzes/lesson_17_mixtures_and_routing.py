@@ -22,7 +22,7 @@ QUESTIONS = (
         "Ostapenko et al. 2024, arXiv:2405.11157",
     ),
     Question(
-        "For the pirate's questions most of Arrow's choices were right, and yet its answers were bad here. Why?",
+        "For the pirate's questions Arrow chose the right adapter most often, and yet its answers were bad. Why?",
         (
             no(
                 "The prototypes have no sign.",
@@ -34,8 +34,8 @@ QUESTIONS = (
             ),
             yes(
                 "Each layer chose for each token anew, so every text met a mixture of all of them.",
-                "A majority was right about the row, but a large minority spoke, too, and what it said moved the "
-                "inputs of the next layers.",
+                "The right adapter had the most votes, but the others had the rest, spoke, too, and moved the inputs "
+                "of the next layers.",
             ),
         ),
     ),
