@@ -79,7 +79,7 @@ def experiment(names: Sequence[str] | None = None, steps: int = STEPS) -> lab.Ex
         if names is None or name in names:
             own = {"hyper": json.dumps(hyper | HYPER.get(name, {})), "targets": targets or ""}
             at = classic.LADDER.index(rate)
-            grid, beyond = classic.LADDER[at - 1 : at + 2], classic.LADDER  # C3A, which divides by in, likes rates above 1
+            grid, beyond = classic.LADDER[at - 1 : at + 2], classic.LADDER  # C3A likes rates above 1
             shared = {"steps": steps, "batch_size": BATCH, "base": base, "data": data}
             cases.append(lab.Case({"kind": kind, "method": name}, own | shared, grid, beyond))
     return lab.Experiment(tuple(cases), classic.MEASURED, execute, SEEDS)

@@ -9,7 +9,7 @@ QUESTIONS = (
             no("How A is drawn.", "A and B begin as LoRA's do."),
             yes(
                 "The scale: α/√r in place of α/r.",
-                "One character of code. With α/r, a higher rank is scaled down so far that its gradients shrink.",
+                "So that a step of SGD is as large at every rank. With Adam, the first step is so under α/r already.",
             ),
             no("The rank of each layer.", "That is AdaLoRA. Here all layers keep the rank that was asked for."),
         ),
@@ -50,7 +50,7 @@ QUESTIONS = (
                 "One number for each output: the length of its row of W.",
                 "LoRA turns the rows, and their lengths follow from it; DoRA sets them apart.",
             ),
-            no("The bias.", "It stays frozen."),
+            no("The bias.", "It stays frozen, as the rest of the layer."),
         ),
     ),
     Question(
@@ -60,7 +60,7 @@ QUESTIONS = (
                 "The learning rate, which falls as training goes on.",
                 "It has a schedule of its own, for something else.",
             ),
-            no("The number of training steps.", "That is given."),
+            no("The number of training steps.", "That is given, as for every method."),
             yes(
                 "How many triplets all layers may keep together.",
                 "Important ones stay, wherever they are: some layers end with many, others with none.",
