@@ -281,8 +281,9 @@ def _plan(model: nn.Module, config: dict, tensors: dict[str, Tensor], method: ty
                                  "this is an adapter of another model")  # fmt: skip
             weights.setdefault(path, {})[parameter] = tensor
         by_layer = {ours: config.get(theirs) for ours, theirs in PATTERNS.items()}
-        try:
-            planned = method.plan(model, [path for path in there if path in weights], _given(config, method))
+        given, paths = _given(config, method), [path for path in there if path in weights]
+        try:  # one that works on others, which may be read later or be in training, sits where the file says
+            planned = {path: (method, given) for path in paths} if "of" in given else method.plan(model, paths, given)
         except ValueError as error:
             raise ValueError(f"{folder} cannot be read as {method.__name__} for this {type(model).__name__}: {error}"
                              ) from None  # fmt: skip

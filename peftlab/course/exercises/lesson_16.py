@@ -56,10 +56,10 @@ def _circles() -> list[tuple]:
 
 @exercise(LESSON, "torch.fft.rfft of both, a product with one of them conjugated, and irfft with n=len(w)", _circles)
 def circulant_apply(w, x):
-    """Return C x for each row of x, C circulant with C[k, j] = w[(j − k) mod b], by Fourier transforms.
+    """Return C x for each row of x, C circulant with C[i, j] = w[(j − i) mod b], by Fourier transforms.
 
-    w (b,), x (..., b) -> (..., b). Row k of C is w, rolled k places to the right. In frequencies such a product is one
-    number by one number: F(C x) = F(x) · conj F(w).
+    w (b,), x (..., b) -> (..., b). Row i of C is w, rolled i places to the right. In frequencies such a product is one
+    number by one number: F(C x) = F(x) · conj F(w). F is torch.fft.rfft; b may be odd, so its inverse needs n=b.
     """
     return torch.fft.irfft(torch.fft.rfft(x) * torch.fft.rfft(w).conj(), n=len(w))
 
@@ -89,11 +89,12 @@ def _squares() -> list[tuple]:
     return [(0.5 * torch.randn(*size, generator=g),) for size in [(3, 3), (4, 5, 5)]] + [(torch.zeros(2, 2),)]
 
 
-@exercise(LESSON, "S = A − Aᵀ; torch.linalg.solve(I − S, I + S): both commute, so the order does not matter", _squares)
+@exercise(LESSON, "S = A − A.mT; torch.linalg.solve(I − S, I + S): the two commute, so their order is free", _squares)
 def cayley(A):
     """Return Cayley's rotation (I + S)(I − S)⁻¹ with S = A − Aᵀ.
 
-    A (..., b, b) has any entries; S is skew-symmetric, Sᵀ = −S, and so the answer is orthogonal, to rounding.
+    A (..., b, b) has any entries and may be a stack of matrices: Aᵀ is A.mT. S is skew-symmetric, Sᵀ = −S, and so the
+    answer is orthogonal, to rounding.
     """
     S = A - A.mT
     eye = torch.eye(A.shape[-1])
@@ -144,7 +145,7 @@ blind_share = prediction(
     "blind_share",
     LESSON,
     "A method trains 3,072 of 36,864 numbers, at places drawn by chance, and leaves zero elsewhere. At its very best, "
-    "which share of the squared size of a change can it hold, on average?",
+    "which share of ‖ΔW‖² can it hold, on average?",
     right="1/12",
     why="It holds what lies at its places: 3,072 / 36,864. Places known beforehand would be another matter.",
     wrong={

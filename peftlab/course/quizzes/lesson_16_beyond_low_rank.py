@@ -15,7 +15,7 @@ QUESTIONS = (
                 "Both have as many degrees of freedom. What they learn is a question for an experiment.",
             ),
             yes(
-                "Its numbers are spread over all directions, and tied to each other in each of them.",
+                "Every direction of the input can be changed, but only in combinations that the structure allows.",
                 "That is all that the rank says. What it can reach is decided by how the numbers are tied.",
             ),
         ),
@@ -80,7 +80,7 @@ QUESTIONS = (
         (
             yes(
                 "LoRA may choose its directions after it has seen the change; the others have chosen before.",
-                "A fixed linear structure holds about as large a share of any change as it has of the numbers.",
+                "Of a change that has nothing to do with it, a fixed structure holds about its share of the numbers.",
             ),
             no(
                 "Because the real change has rank 8.",

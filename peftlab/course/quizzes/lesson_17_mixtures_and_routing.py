@@ -44,7 +44,7 @@ QUESTIONS = (
         (
             yes(
                 "The last hidden state of the base, from a first pass over the whole text.",
-                "So it knows much about each token; and each answer takes two passes, and no cache.",
+                "So it knows much about each token; each answer takes two passes, here without a cache.",
             ),
             no(
                 "The number of the task.",
