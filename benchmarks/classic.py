@@ -153,15 +153,20 @@ def rows(task: str) -> dict[str, list[dict]]:
 
 def prepared(name: str, seed: int = 0):
     """A fresh copy of the base with the method on it, ready to be trained."""
+    return adapted(everyone()[name], "classic", seed)
+
+
+def adapted(method: Method, name: str, seed: int):
+    """A fresh copy of the base with a method on it as the adapter `name`; full fine-tuning has none."""
     import torch
 
     import peftlab as pl
 
-    model, method = copy.deepcopy(base()[0]), everyone()[name]
+    model = copy.deepcopy(base()[0])
     torch.manual_seed(seed)
     if method.of is None:
         return pl.full_finetuning(model)
-    return pl.attach(model, method.of, targets=method.targets, name="classic", **method.hyper)
+    return pl.attach(model, method.of, targets=method.targets, name=name, **method.hyper)
 
 
 def merged(model) -> bool:

@@ -87,22 +87,13 @@ def experiment(names: Sequence[str] | None = None, steps: int = STEPS) -> lab.Ex
 
 def prepared(name: str, rows: Sequence[dict], seed: int = 0):
     """A fresh copy of the base with the entrant on it, started as it starts."""
-    import copy
     import inspect
 
-    import torch
-
-    import peftlab as pl
-
-    entrant, (model, tokenizer) = entrants()[name], classic.base()
-    model, method = copy.deepcopy(model), entrant.method
-    torch.manual_seed(seed)
-    if method.of is None:
-        return pl.full_finetuning(model)
-    pl.attach(model, method.of, targets=method.targets, name="field", **method.hyper)
+    entrant = entrants()[name]
+    model = classic.adapted(entrant.method, "field", seed)
     if entrant.start is not None:
         takes = inspect.signature(entrant.start).parameters
-        data = {"data": list(rows[:CALIBRATION]), "tokenizer": tokenizer} if "data" in takes else {}
+        data = {"data": list(rows[:CALIBRATION]), "tokenizer": classic.base()[1]} if "data" in takes else {}
         drawn = {"seed": seed} if "seed" in takes else {}
         entrant.start(model, name="field", **data, **drawn)
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .attach import adapters, hosts, switch_of
+from .attach import adapters, switch_of
 from .core import Adapter
 
 Group = tuple[type[Adapter], dict[str, Adapter]]  # a method, and one adapter's parts of it by path
@@ -13,8 +13,9 @@ Group = tuple[type[Adapter], dict[str, Adapter]]  # a method, and one adapter's 
 def learning(model: nn.Module) -> list[Group]:
     """The active adapters that have something to train."""
     found: dict[tuple[str, type[Adapter]], dict[str, Adapter]] = {}
-    for name in switch_of(model).active if hosts(model) else ():
-        for path, adapter in adapters(model)[name].items():
+    there = adapters(model)
+    for name in switch_of(model).active if there else ():
+        for path, adapter in there[name].items():
             if any(p.requires_grad for p in adapter.parameters()):
                 found.setdefault((name, type(adapter)), {})[path] = adapter
     return [(method, made) for (_, method), made in found.items()]

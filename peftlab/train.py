@@ -210,10 +210,10 @@ def _steps(
             return
         if accelerator.is_main_process:
             momenta, rest = files.flatten(plain)
-            memories = {"memory": memory} if memory else {}
             state = {"run": run, "log": asdict(log), "optimizer": rest, "finished": finished}
             state["scaler"] = scaler.state_dict() if scaler is not None else None
-            files.save(s.checkpoint, {"trained": trained, "best": best, "optimizer": momenta} | memories, state)
+            tensors = {"trained": trained, "best": best, "optimizer": momenta, "memory": memory}
+            files.save(s.checkpoint, tensors, state)
         accelerator.wait_for_everyone()
         saved = len(log)
 
