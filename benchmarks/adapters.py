@@ -11,7 +11,6 @@ adapters lie in runs/adapters; one that is missing there is trained again when i
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import random
@@ -19,7 +18,6 @@ import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: each worker process computes with one thread
 
@@ -71,9 +69,8 @@ def experiment(tasks: Sequence[str] = (*STEPS, *MIXED), seeds: Sequence[int] = S
     """All adapters, at three rates each."""
     cases = []
     for task in tasks:
-        base, data = lab.fingerprints(source(parts(task)[0]))
-        settings: dict[str, Any] = {"method": "LoRA", "steps": steps_of(task), "batch_size": BATCH, "base": base}
-        settings |= {"data": data} | {"config": lab.config_hash({"task": task, "data": data, **settings, **HYPER})}
+        settings = {"method": "LoRA"} | lab.budget(source(parts(task)[0]), steps_of(task), BATCH)
+        settings["config"] = lab.config_hash({"task": task, **settings, **HYPER})
         cases.append(lab.Case({"task": task}, settings, LADDER[2:5], LADDER))
     return lab.Experiment(tuple(cases), MEASURED, execute, tuple(seeds))
 
@@ -144,11 +141,8 @@ def best_rate(task: str, path: Path = OUT) -> float:
     return float(lab.chosen(mine, "task")["learning_rate"].iloc[0])
 
 
-def table(path: Path, plan: lab.Experiment) -> str:
+def table(runs) -> str:
     """Each task at its best rate."""
-    runs = lab.made(path, plan)
-    if not len(runs):
-        return "no runs yet"
     found = lab.summary(runs, "task")
     body = [(task, f"{one['learning_rate']:g}", f"{one.rates:.0f}", f"{one.seeds:.0f}", lab.seeds_range(one))
             for task, one in found.iterrows()]  # fmt: skip
@@ -194,19 +188,13 @@ def publish() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="the file to write, and of the runs to go on from")
+    parser = lab.options(__doc__, OUT)
     parser.add_argument("--tasks", nargs="+", choices=(*STEPS, *MIXED), default=(*STEPS, *MIXED))
-    parser.add_argument("--jobs", type=int, help="processes of one thread each (default: as many as fit)")
     parser.add_argument("--publish", action="store_true", help="put seed 0 of each task into data/adapters, and end")
     options = parser.parse_args(arguments)
     if options.publish:
         return publish()
-    plan = experiment(options.tasks)
-    try:
-        lab.work(plan, options.out, options.jobs)
-    finally:
-        print(table(options.out, plan))
+    lab.carry_out(experiment(options.tasks), options, table)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ Each finished run is one row of the file. A row counts as done only for the sett
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -117,14 +116,13 @@ def experiment(
     there = everyone()
     cases = []
     for task in tasks:
-        base, data = lab.fingerprints(task)
-        shared = {"steps": steps or STEPS[task], "batch_size": BATCH, "base": base, "data": data}
+        budget = lab.budget(task, steps or STEPS[task], BATCH)
         for name in there if methods is None else methods:
             _, rate, hyper, targets = there[name]
             own = {"hyper": json.dumps(hyper), "targets": targets or ""}
             at = LADDER.index(rate)
             grid, beyond = LADDER[at - 1 : at + 2], LADDER[max(at - 3, 0) : at + 4]
-            cases.append(lab.Case({"task": task, "method": name}, own | shared, grid, beyond))
+            cases.append(lab.Case({"task": task, "method": name}, own | budget, grid, beyond))
     return lab.Experiment(tuple(cases), MEASURED, execute, SEEDS)
 
 
@@ -170,7 +168,7 @@ def adapted(method: Method, name: str, seed: int):
 
 
 def merged(model) -> bool:
-    """Merge the adapter if it has one that can be; whether it could."""
+    """Merge the adapter if there is one that can be; whether it could."""
     import peftlab as pl
 
     try:
@@ -203,15 +201,28 @@ def judge(model, task: str, split: str) -> tuple[float, float]:
 
 def execute(run: lab.Run) -> lab.Row:
     """Train and evaluate; the measured columns and where they come from."""
-    start, task = time.perf_counter(), run.case.key["task"]
-    model, data = prepared(run.case.key["method"], run.seed), rows(task)
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    found |= lab.train_run(run, model, data, base()[1], EARLY)
-    if everyone()[run.case.key["method"]].of is not None:
-        merged(model)
-    found["valid_accuracy"], _ = judge(model, task, "valid")
-    found["test_accuracy"], found["test_form"] = judge(model, task, "test")
+    start, task, name = time.perf_counter(), *run.case.key.values()
+    return record(run, prepared(name, run.seed), task, start)
+
+
+def record(run: lab.Run, model, task: str, start: float, optimizer: Any = "adamw") -> lab.Row:
+    """Train a prepared model as the run says, merge what can be merged, judge it."""
+    found = trained(run, model, task, optimizer)
+    merged(model)
+    found |= judged(model, task)
     return lab.measured_row(MEASURED, found | {"seconds": round(time.perf_counter() - start, 1)})
+
+
+def trained(run: lab.Run, model, task: str, optimizer: Any = "adamw") -> dict[str, float]:
+    """Train a prepared model as the run says; how many numbers that were, and the losses."""
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"parameters": count} | lab.train_run(run, model, rows(task), base()[1], EARLY, optimizer)
+
+
+def judged(model, task: str) -> dict[str, float]:
+    """Accuracy on VALID and TEST, and the form of TEST's answers."""
+    test, form = judge(model, task, "test")
+    return {"valid_accuracy": judge(model, task, "valid")[0], "test_accuracy": test, "test_form": form}
 
 
 # ------------------------------------------------------------------------------------------------------- cost
@@ -295,8 +306,7 @@ def cost(names: Sequence[str] | None = None, rounds: int = 15) -> dict:
     import torch
 
     ids = torch.randint(2, 4096, (16, 64), generator=torch.Generator().manual_seed(0))
-    methods = everyone()
-    chosen = list(dict.fromkeys(["full", *(methods if names is None else names)]))
+    chosen = list(dict.fromkeys(["full", *(everyone() if names is None else names)]))
     models = {name: prepared(name) for name in chosen}
     subjects = {name: Subject(model, ids) for name, model in models.items()}
     subjects["base"] = Subject(copy.deepcopy(base()[0]).requires_grad_(False), ids)
@@ -312,10 +322,10 @@ def cost(names: Sequence[str] | None = None, rounds: int = 15) -> dict:
         model = models[name]
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         line = {"method": name, "parameters": parameters, "bytes": stored(model), "context": context_used(model, ids)}
-        line["mergeable"] = methods[name].of is not None and merged(model)
+        line["mergeable"] = merged(model)
         for what, beside in (("step", "full"), ("prefill", "base"), ("decode", "base")):
-            ratios = [own[what] / other[what] for own, other in zip(times[name], times[beside], strict=True)]
-            low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            own, other = ([turn[what] for turn in times[one]] for one in (name, beside))
+            low, middle, high = lab.ratios(own, other)
             line |= {what: round(middle, 3), f"{what}_low": round(low, 3), f"{what}_high": round(high, 3)}
         lines.append(line)
     shapes = {"step": "16 × 64 tokens", "prefill": "4 × 64 tokens", "decode": "1 of 32 tokens, 4 rows at once"}
@@ -326,10 +336,7 @@ def cost(names: Sequence[str] | None = None, rounds: int = 15) -> dict:
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def table(path: Path, plan: lab.Experiment) -> str:
-    runs = lab.made(path, plan)
-    if not len(runs):
-        return "no runs yet"
+def table(runs) -> str:
     found = lab.summary(runs, ["task", "method"], also=["test_form"])
     lines = ["| task | method | trained | best rate | rates | test accuracy, mean (lowest–highest) | seeds | form |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -340,34 +347,22 @@ def table(path: Path, plan: lab.Experiment) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    import peftlab as pl
-
     methods = everyone()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="the file to write, and of the runs to go on from")
+    parser = lab.options(__doc__, None, jobs=1)
     parser.add_argument("--tasks", nargs="+", choices=tuple(STEPS), default=tuple(STEPS))
     parser.add_argument("--methods", nargs="+", choices=tuple(methods), default=tuple(methods), metavar="METHOD",
                         help=f"of {', '.join(methods)}")  # fmt: skip
-    parser.add_argument("--steps", type=int, help="optimizer steps per run (default: each task's own)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default 1)")
+    lab.add_steps(parser, None)
     parser.add_argument("--cost", action="store_true", help="measure costs instead of quality")
-    parser.add_argument("--rounds", type=int, default=15, help="of the cost's measurement")
+    parser.add_argument("--rounds", type=lab.at_least(2), default=15, help="of the cost's measurement")
     options = parser.parse_args(arguments)
-    if options.jobs < 1 or options.rounds < 2 or (options.steps is not None and options.steps < 1):
-        parser.error("--steps and --jobs start at 1, --rounds at 2")
-    there = [name for name in options.methods if methods[name].of is None or methods[name].of in pl.METHODS]
-    if waiting := [name for name in options.methods if name not in there]:
-        print(f"skipped, because peftlab has no such class yet: {', '.join(waiting)}", flush=True)
+    options.out = options.out or (COST if options.cost else OUT)
     if options.cost:
-        found = cost(there, options.rounds)
-        atomic_write(options.out or COST, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        found = cost(options.methods, options.rounds)
+        atomic_write(options.out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         print(json.dumps(found["methods"], indent=1))
         return
-    plan, path = experiment(options.tasks, there, options.steps), options.out or OUT
-    try:
-        lab.work(plan, path, options.jobs)
-    finally:
-        print(table(path, plan))
+    lab.carry_out(experiment(options.tasks, options.methods, options.steps), options, table)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,10 @@ Each finished run is one row of the file. A row counts as done only for the sett
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: each worker process computes with one thread
@@ -36,7 +34,7 @@ from peftlab.optim import OPTIMIZERS  # noqa: E402
 from peftlab.paths import DATA  # noqa: E402
 
 OUT = DATA / "results" / "field.csv"
-TASK, STEPS, BATCH, EARLY, SEEDS = "voices", 60, 8, 20, (0, 1, 2)
+TASK, STEPS, BATCH, SEEDS = "voices", 60, 8, (0, 1, 2)
 CALIBRATION = 32  # training rows that an initialisation from data may look at
 # name -> why it does not take part
 LEFT_OUT = {
@@ -73,15 +71,13 @@ def entrants() -> dict[str, Entrant]:
 
 
 def experiment(names: Sequence[str] | None = None, steps: int = STEPS) -> lab.Experiment:
-    base, data = lab.fingerprints(TASK)
-    cases = []
+    budget, cases = lab.budget(TASK, steps, BATCH), []
     for name, (kind, (_, rate, hyper, targets), _, _) in entrants().items():
         if names is None or name in names:
             own = {"hyper": json.dumps(hyper | HYPER.get(name, {})), "targets": targets or ""}
             at = classic.LADDER.index(rate)
             grid, beyond = classic.LADDER[at - 1 : at + 2], classic.LADDER  # C3A likes rates above 1
-            shared = {"steps": steps, "batch_size": BATCH, "base": base, "data": data}
-            cases.append(lab.Case({"kind": kind, "method": name}, own | shared, grid, beyond))
+            cases.append(lab.Case({"kind": kind, "method": name}, own | budget, grid, beyond))
     return lab.Experiment(tuple(cases), classic.MEASURED, execute, SEEDS)
 
 
@@ -100,26 +96,14 @@ def prepared(name: str, rows: Sequence[dict], seed: int = 0):
 
 
 def execute(run: lab.Run) -> lab.Row:
-    """Train and evaluate; the measured columns and where they come from."""
+    """Train as the leaderboard does, from the entrant's start and with its optimizer."""
     start, name = time.perf_counter(), run.case.key["method"]
-    data, entrant = classic.rows(TASK), entrants()[name]
-    model = prepared(name, data["train"], run.seed)
-    optimizer: Any = "adamw"
-    if entrant.optimizer is not None:
-        optimizer = entrant.optimizer(model, lr=run.learning_rate, **HYPER.get(name, {}))
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    found |= lab.train_run(run, model, data, classic.base()[1], EARLY, optimizer)
-    if entrant.method.of is not None:
-        classic.merged(model)
-    found["valid_accuracy"], _ = classic.judge(model, TASK, "valid")
-    found["test_accuracy"], found["test_form"] = classic.judge(model, TASK, "test")
-    return lab.measured_row(classic.MEASURED, found | {"seconds": round(time.perf_counter() - start, 1)})
+    model, own = prepared(name, classic.rows(TASK)["train"], run.seed), entrants()[name].optimizer
+    optimizer = "adamw" if own is None else own(model, lr=run.learning_rate, **HYPER.get(name, {}))
+    return classic.record(run, model, TASK, start, optimizer)
 
 
-def table(path: Path, plan: lab.Experiment) -> str:
-    runs = lab.made(path, plan)
-    if not len(runs):
-        return "no runs yet"
+def table(runs) -> str:
     lines = ["| kind | name | trained | best rate | rates | test accuracy, mean (lowest–highest) | seeds | loss |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for (kind, name), one in lab.summary(runs, ["kind", "method"], also=["valid_loss"]).iterrows():
@@ -130,19 +114,11 @@ def table(path: Path, plan: lab.Experiment) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     there = tuple(entrants())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="the file to write, and of the runs to go on from")
+    parser = lab.options(__doc__, OUT, jobs=1)
     parser.add_argument("--only", nargs="+", choices=there, metavar="NAME", help=f"of {', '.join(there)}")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps per run (default %(default)s)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default 1)")
+    lab.add_steps(parser, STEPS)
     options = parser.parse_args(arguments)
-    if options.jobs < 1 or options.steps < 1:
-        parser.error("--steps and --jobs start at 1")
-    plan = experiment(options.only, options.steps)
-    try:
-        lab.work(plan, options.out, options.jobs)
-    finally:
-        print(table(options.out, plan))
+    lab.carry_out(experiment(options.only, options.steps), options, table)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ drift of the hidden states, and size, effective rank and intruder dimensions of 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -32,7 +31,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: each worker process computes with one thread
@@ -109,11 +107,10 @@ def experiment(
     """All methods on the tasks, at all their rates (or just these), with all seeds; base and tasks as they lie here."""
     cases = []
     for task in tasks:
-        base, data = lab.fingerprints(task)
         for name in methods:
             of, _, hyper, targets, quantized = method_of(name)
             own = {"of": of, "hyper": json.dumps(hyper), "targets": targets or "", "quantized": int(quantized)}
-            settings = own | {"steps": steps, "batch_size": BATCH, "base": base, "data": data}
+            settings = own | lab.budget(task, steps, BATCH)
             settings["config"] = lab.config_hash({"task": task, "method": name, **settings})
             grid, beyond = (tuple(rates), ()) if rates else rates_of(name)
             cases.append(lab.Case({"task": task, "method": name}, settings, grid, beyond))
@@ -227,11 +224,8 @@ def record(run: lab.Run, model, rows, begin: float, finish: Callable[[Any], Any]
     return lab.measured_row(MEASURED, found)
 
 
-def table(path: Path, plan: lab.Experiment) -> str:
+def table(runs) -> str:
     """Each method at its best rate."""
-    runs = lab.made(path, plan)
-    if not len(runs):
-        return "no runs yet"
     also = [f"test_{name}" for name in RETAINED]
     found = lab.summary(runs, ["task", "method"], also=also)
     head = ("task", "method", "trained", "best rate", "rates", "seeds", "target", "facts", "lists", "docs", "code")
@@ -243,44 +237,21 @@ def table(path: Path, plan: lab.Experiment) -> str:
     return lab.markdown(head, body)
 
 
-def add_running(parser: argparse.ArgumentParser) -> None:
-    """The options of how an experiment is run; remedies.py has them too."""
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps per run (default {STEPS})")
-    parser.add_argument("--jobs", type=int, help="processes of one thread each (default: as many as fit)")
-    parser.add_argument("--engine", choices=lab.ENGINES, default="processes", help="ray: on a cluster")
-    parser.add_argument("--address", help="of a running Ray cluster (default: one is started here)")
-
-
-def check_running(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.steps < 1 or (options.jobs is not None and options.jobs < 1):
-        parser.error("--steps and --jobs start at 1")
-
-
-def work(plan: lab.Experiment, options: argparse.Namespace, table: Callable[[Path, lab.Experiment], str]) -> None:
-    """Run what is missing, and print the table of what there is, also after an interruption."""
-    try:
-        lab.work(plan, options.out, options.jobs, options.engine, options.address)
-    finally:
-        print(table(options.out, plan))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     import peftlab as pl
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="the file to write, and of the runs to go on from")
+    parser = lab.options(__doc__, OUT)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=("sql",))
     parser.add_argument("--methods", nargs="+", default=tuple(METHODS), metavar="METHOD",
                         help=f"of {', '.join(METHODS)}, or a registered class")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the first one finds the rates")
     parser.add_argument("--rates", type=float, nargs="+", default=(), help="just these (default: each method's own)")
-    add_running(parser)
+    lab.add_steps(parser, STEPS)
     options = parser.parse_args(arguments)
     if wrong := [name for name in options.methods if name not in METHODS and name not in pl.METHODS]:
         parser.error(f"there is no method {wrong[0]!r}; there are {', '.join([*METHODS, *pl.METHODS])}")
-    check_running(parser, options)
     plan = experiment(options.tasks, options.methods, options.seeds, options.steps, options.rates)
-    work(plan, options, table)
+    lab.carry_out(plan, options, table)
 
 
 if __name__ == "__main__":

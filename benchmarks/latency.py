@@ -15,11 +15,7 @@ unmerged do not give the same logits.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import gc
-import json
-import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from step import CLOCKS, base_model, machine, quartiles  # noqa: E402  # the benchmark beside this file
+from step import base_model  # noqa: E402  # the benchmark beside this file
 
 import peftlab as pl  # noqa: E402
 from peftlab import export, lab  # noqa: E402
-from peftlab.paths import DATA, atomic_write  # noqa: E402
+from peftlab.paths import DATA  # noqa: E402
 
 OUT = DATA / "results" / "latency.json"
 RANK, ALPHA = 8, 16
@@ -121,49 +117,29 @@ def compare(todo: dict[tuple[str, str], Callable[[], Tensor]]) -> float:
     return error
 
 
-def measure(todo: dict, rounds: int, clock: Callable[[], float]) -> dict:
-    """(phase, variant) -> seconds of each round."""
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in todo}
-    draw, keys = random.Random(0), list(todo)
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            gc.collect()
-            for key in draw.sample(keys, len(keys)):
-                start = clock()
-                todo[key]()
-                seconds[key].append(clock() - start)
-    finally:
-        gc.enable()
-    return seconds
-
-
 def summarise(seconds: dict, facts: dict, passes: dict[str, int]) -> list[dict]:
     """A row for each phase and variant: milliseconds of a pass, and its ratio to the base's in the same round."""
     return [
         {
-            **facts, "phase": phase, "variant": name, "ms": [1000 * q / passes[phase] for q in quartiles(times)],
-            "ratio": quartiles([own / base for own, base in zip(times, seconds[phase, "base"], strict=True)]),
+            **facts, "phase": phase, "variant": name, "ms": [1000 * q / passes[phase] for q in lab.quartiles(times)],
+            "ratio": lab.ratios(times, seconds[phase, "base"]),
         }
         for (phase, name), times in sorted(seconds.items(), key=lambda item: PHASES.index(item[0][0]))
     ]  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
-    def spread(values: list[float], digits: int) -> str:
-        return f"{values[1]:.{digits}f} ({values[0]:.{digits}f}–{values[2]:.{digits}f})"
-
     head = ("model", "rows", "phase", "variant", "ms of a pass (IQR)", "× base (IQR)")
     body = [
-        (row["model"], str(row["rows"]), row["phase"], row["variant"], spread(row["ms"], 2), spread(row["ratio"], 3))
+        (row["model"], str(row["rows"]), row["phase"], row["variant"], lab.spread(row["ms"], 2),
+         lab.spread(row["ratio"], 3))
         for row in rows
     ]  # fmt: skip
     return lab.markdown(head, body)
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description="Latency of inference with adapters, unmerged and merged.")
-    parser.add_argument("--rounds", type=int, default=20, help="times that each work is timed (default 20)")
+    parser = lab.timing_options("Latency of inference with adapters, unmerged and merged.", rounds=20, out=OUT)
     parser.add_argument("--models", nargs="+", choices=("base", "wide"), default=["base", "wide"])
     parser.add_argument("--width", type=int, default=768, help="of the wide model (default 768)")
     parser.add_argument("--layers", type=int, default=12, help="of the wide model (default 12)")
@@ -171,14 +147,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of the prompt (default 64)")
     parser.add_argument("--new", type=int, default=8, help="tokens to decode (default 8)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall or this process's cpu (default wall)")
-    parser.add_argument("--out", type=Path, default=OUT, help="the JSON file to write")
     args = parser.parse_args(argv)
-    if args.rounds < 2:
-        parser.error("--rounds must be at least 2: one round has no spread")
     torch.set_num_threads(args.threads)
 
-    here, rows, sizes = machine(), [], {}
+    here, rows, sizes = lab.machine(), [], {}
     draw = torch.Generator().manual_seed(0)
     for label in args.models:
         base, which = base_model() if label == "base" else wide_model(args.width, args.layers)
@@ -190,18 +162,16 @@ def main(argv: list[str] | None = None) -> list[dict]:
             with torch.no_grad():
                 todo = works(runs, ids, tokens)
                 facts = {"model": label, "rows": batch, "difference": compare(todo)}  # warms everything up, too
-                seconds = measure(todo, args.rounds, CLOCKS[args.clock])
+                seconds = lab.take_turns(todo, args.rounds, lab.stopwatch(lab.CLOCKS[args.clock]))
             rows += summarise(seconds, facts, {"prefill": 1, "decode": args.new})
         del base, runs, todo
     for label, size in sizes.items():
         print(f"{label}: {size['what']}, {size['parameters']:,} parameters")
-    print(f"prompts of {args.tokens} tokens, LoRA r={RANK} on all linear layers, {args.rounds} rounds, {args.clock} "
-          "clock; " + ", ".join(f"{key} {value}" for key, value in here.items()) + "\n")  # fmt: skip
-    print(table(rows))
+    words = (f"prompts of {args.tokens} tokens, LoRA r={RANK} on all linear layers, {args.rounds} rounds, {args.clock} "
+             "clock")  # fmt: skip
     options = {key: value for key, value in vars(args).items() if key not in ("out", "models")}
     settings = {"models": sizes, "rank": RANK, **options}
-    content = json.dumps({"settings": settings, "machine": here, "rows": rows}, indent=1, ensure_ascii=False)
-    atomic_write(args.out, content + "\n")
+    lab.report(words, here, table(rows), rows, settings, args.out)
     return rows
 
 

@@ -18,14 +18,12 @@ it was made with; anything else is run again.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import statistics
 import time
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: each worker process computes with one thread
 
@@ -98,12 +96,10 @@ def execute(run: lab.Run) -> lab.Row:
     return lab.measured_row(MEASURED, found | {"seconds": round(time.perf_counter() - start, 1)})
 
 
-def table(path: Path, plan: lab.Experiment) -> str:
+def table(runs) -> str:
     lines = ["| setting | trained | best rate | rates tried | test accuracy, mean (lowest–highest) | seeds | exact |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
-    runs = lab.made(path, plan)
-    found = lab.summary(runs, ["method", "rank"], also=["test_exact"]) if len(runs) else runs
-    for (_, rank), one in found.iterrows():
+    for (_, rank), one in lab.summary(runs, ["method", "rank"], also=["test_exact"]).iterrows():
         name = f"LoRA r = {rank}" if rank else "full fine-tuning"
         lines.append(f"| {name} | {one['parameters']:,.0f} | {one['learning_rate']:g} | {one['rates']:.0f} | "
                      f"{lab.seeds_range(one)} | {one['seeds']:.0f} | {100 * one['test_exact']:.1f} % |")  # fmt: skip
@@ -111,19 +107,12 @@ def table(path: Path, plan: lab.Experiment) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="the CSV file to write and to go on from")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps per run (default {STEPS})")
-    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="ranks (default 1 4 16)")
+    parser = lab.options(__doc__, OUT, jobs=1)
+    lab.add_steps(parser, STEPS)
+    parser.add_argument("--ranks", type=lab.at_least(1), nargs="+", default=RANKS, help="ranks (default 1 4 16)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="the first one chooses the rate")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default 1)")
     options = parser.parse_args(arguments)
-    if min(options.steps, options.jobs, *options.ranks) < 1:
-        parser.error("--steps, --jobs and --ranks start at 1")
-
-    plan = experiment(options.ranks, options.seeds, options.steps)
-    lab.work(plan, options.out, options.jobs)
-    print(table(options.out, plan))
+    lab.carry_out(experiment(options.ranks, options.seeds, options.steps), options, table)
 
 
 if __name__ == "__main__":

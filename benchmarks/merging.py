@@ -22,12 +22,10 @@ smaller change's squared size in entries where the signs disagree (mean over the
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: each worker process computes with one thread
@@ -175,11 +173,8 @@ def best(runs):
     return pandas.concat(kept) if kept else runs
 
 
-def table(path: Path, plan: lab.Experiment) -> str:
+def table(runs) -> str:
     """Each way at its best setting: means over the seeds, and the range of the mean of both parts."""
-    runs = lab.made(path, plan)
-    if not len(runs):
-        return "no runs yet"
     body = []
     for (pair, method), mine in best(runs).groupby(["pair", "method"], sort=False):
         both = 100 * mine["test_accuracy"]
@@ -191,17 +186,11 @@ def table(path: Path, plan: lab.Experiment) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="the file to write, and of the runs to go on from")
+    parser = lab.options(__doc__, OUT)
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=PAIRS)
     parser.add_argument("--methods", nargs="+", choices=(*BESIDE, *SETTINGS), default=(*BESIDE, *SETTINGS))
-    parser.add_argument("--jobs", type=int, help="processes of one thread each (default: as many as fit)")
     options = parser.parse_args(arguments)
-    plan = experiment(options.pairs, options.methods)
-    try:
-        lab.work(plan, options.out, options.jobs)
-    finally:
-        print(table(options.out, plan))
+    lab.carry_out(experiment(options.pairs, options.methods), options, table)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,9 @@ where the two do not give the same bits.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
-import json
 import logging
-import os
-import platform
 import random
 import statistics
 import sys
@@ -36,11 +32,9 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from step import CLOCKS, MIB, peak_bytes, quartiles  # noqa: E402  # the benchmark beside this file
+from step import MIB, peak_bytes  # noqa: E402  # the benchmark beside this file
 
 from peftlab import lab  # noqa: E402
-from peftlab.paths import atomic_write  # noqa: E402
-from peftlab.provenance import provenance  # noqa: E402
 
 WORKS = {"ours": "ours", "theirs": "bitsandbytes"}
 ENOUGH = 1.5  # seconds: after that much, and three rounds, a work has been timed often enough
@@ -146,23 +140,20 @@ def measure(work: Work, rounds: int, clock: Callable[[], float]) -> dict:
             seconds[who].append(clock() - start)
             faults[who].append(page_faults() - before)
             del result
-    ratio = quartiles([a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)])
+    ratio = lab.ratios(seconds["ours"], seconds["theirs"])
     return {
         "work": work.name, "rounds": len(seconds["ours"]), "ratio": ratio, "error": error,
-        **{f"{who}_ms": [1000 * q for q in quartiles(times)] for who, times in seconds.items()},
+        **{f"{who}_ms": [1000 * q for q in lab.quartiles(times)] for who, times in seconds.items()},
         **{f"{who}_faults": statistics.median(counts) for who, counts in faults.items()},
         **{f"{who}_peak_mib": peak(getattr(work, who)) / MIB for who in WORKS},
     }  # fmt: skip
 
 
 def table(rows: list[dict]) -> str:
-    def spread(values: list[float], digits: int) -> str:
-        return f"{values[1]:.{digits}f} ({values[0]:.{digits}f}–{values[2]:.{digits}f})"
-
     head = ("work", "bitsandbytes ms (IQR)", "ours ms (IQR)", "ours / bitsandbytes", "its peak MiB", "our peak MiB",
             "its page faults", "our page faults", "difference")  # fmt: skip
     body = [
-        (row["work"], spread(row["theirs_ms"], 1), spread(row["ours_ms"], 1), spread(row["ratio"], 2),
+        (row["work"], lab.spread(row["theirs_ms"], 1), lab.spread(row["ours_ms"], 1), lab.spread(row["ratio"], 2),
          f"{row['theirs_peak_mib']:.1f}", f"{row['ours_peak_mib']:.1f}",
          f"{row['theirs_faults']:,.0f}", f"{row['ours_faults']:,.0f}", f"{row['error']:.0e}" if row["error"] else "0")
         for row in rows
@@ -171,30 +162,19 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description="Time and memory of NF4 on a CPU, ours beside bitsandbytes.")
-    parser.add_argument("--rounds", type=int, default=12, help="times that each work is timed, at most (default 12)")
+    parser = lab.timing_options("Time and memory of NF4 on a CPU, ours beside bitsandbytes.", rounds=12)
     parser.add_argument("--size", type=int, default=4096, help="rows and columns of the matrix (default 4096)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 1024], help="of the layer's input")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall or this process's cpu (default wall)")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers, with machine and versions, to FILE")
     args = parser.parse_args(argv)
-    if args.rounds < 2:
-        parser.error("--rounds must be at least 2: one round has no spread")
     torch.set_num_threads(args.threads)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that it could fetch kernels with
 
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    here = {**provenance(), "bitsandbytes": metadata.version("bitsandbytes"),
-            "system": platform.platform(terse=True), "load": load}  # fmt: skip
-    rows = [measure(work, args.rounds, CLOCKS[args.clock]) for work in works(args.size, args.rows)]
-    print(f"{args.size} × {args.size}, float32, {args.rounds} rounds at most, {args.clock} clock; "
-          + ", ".join(f"{key} {value}" for key, value in here.items()) + "\n")  # fmt: skip
-    print(table(rows))
-    if args.json:
-        settings = {"size": args.size, "rounds": args.rounds, "clock": args.clock}
-        content = json.dumps({"settings": settings, "machine": here, "rows": rows}, indent=1, ensure_ascii=False)
-        atomic_write(args.json, content + "\n")
+    here = lab.machine() | {"bitsandbytes": metadata.version("bitsandbytes")}
+    rows = [measure(work, args.rounds, lab.CLOCKS[args.clock]) for work in works(args.size, args.rows)]
+    words = f"{args.size} × {args.size}, float32, {args.rounds} rounds at most, {args.clock} clock"
+    settings = {"size": args.size, "rounds": args.rounds, "clock": args.clock}
+    lab.report(words, here, table(rows), rows, settings, args.out)
     return rows
 
 

@@ -16,12 +16,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import gc
 import itertools
 import json
 import logging
-import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -196,38 +193,21 @@ def measure(variants: dict[str, Call], copies: int, rounds: int, device: str) ->
         for i in range(copies):
             call(i)
     peaks = {name: extra_bytes(call, device) for name, call in variants.items()}
-    found: dict[str, list[float]] = {name: [] for name in variants}
-    draw, names = random.Random(0), list(variants)
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            gc.collect()
-            for name in draw.sample(names, len(names)):
-                found[name].append(seconds(variants[name], copies, device))
-    finally:
-        gc.enable()
+    found = lab.take_turns(variants, rounds, lambda call: seconds(call, copies, device))
     return {
         name: {
-            "ms": quartiles([1000 * s for s in found[name]]),
-            "ratio": quartiles([s / other for s, other in zip(found[name], found[THEIRS], strict=True)]),
+            "ms": lab.quartiles([1000 * s for s in found[name]]),
+            "ratio": lab.ratios(found[name], found[THEIRS]),
             "extra_mib": None if peaks[name] is None else peaks[name] / MIB,
         }
         for name in variants
     }
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """First quartile, median, third quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
 def table(rows: list[dict]) -> str:
-    def spread(values: list[float]) -> str:
-        return f"{values[1]:.3f} ({values[0]:.3f}–{values[2]:.3f})"
-
     head = ("operation", "variant", "ms (IQR)", "× bitsandbytes (IQR)", "extra MiB")
-    body = [(row["operation"], row["variant"], spread(row["ms"]),
-             "–" if row["variant"] == THEIRS else spread(row["ratio"]),
+    body = [(row["operation"], row["variant"], lab.spread(row["ms"], 3),
+             "–" if row["variant"] == THEIRS else lab.spread(row["ratio"], 3),
              "–" if row["extra_mib"] is None else f"{row['extra_mib']:.1f}") for row in rows]  # fmt: skip
     return lab.markdown(head, body)
 

@@ -19,13 +19,11 @@ Each finished run is one row of the file. A row counts as done only for the sett
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import time
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: each worker process computes with one thread
@@ -71,10 +69,9 @@ def experiment(
     for name in methods:
         packing, iterations = METHODS[name]
         for task in tasks:
-            base, data = lab.fingerprints(task)
             own = {"packing": "" if packing is None else " ".join(map(str, packing.values())), "loftq": iterations}
-            shared = {"steps": steps or classic.STEPS[task], "batch_size": classic.BATCH, "base": base, "data": data}
-            cases.append(lab.Case({"task": task, "method": name}, own | shared, GRID, BEYOND))
+            budget = lab.budget(task, steps or classic.STEPS[task], classic.BATCH)
+            cases.append(lab.Case({"task": task, "method": name}, own | budget, GRID, BEYOND))
     return lab.Experiment(tuple(cases), MEASURED, execute, SEEDS)
 
 
@@ -179,9 +176,7 @@ def execute(run: lab.Run) -> lab.Row:
 
     start, task, name = time.perf_counter(), run.case.key["task"], run.case.key["method"]
     model = prepared(name, run.seed)
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    found |= {"bits": bits(model)} | untrained(task, name)
-    found |= lab.train_run(run, model, classic.rows(task), classic.base()[1], classic.EARLY)
+    found = {"bits": bits(model)} | untrained(task, name) | classic.trained(run, model, task)
     trained = logits(model, task)
 
     def error(merged) -> float:
@@ -189,9 +184,7 @@ def execute(run: lab.Run) -> lab.Row:
 
     original = pl.merge(on_original(model))
     pl.merge(model)
-    found |= {"merged_error": error(model), "original_error": error(original)}
-    found["valid_accuracy"], _ = classic.judge(model, task, "valid")
-    found["test_accuracy"], found["test_form"] = classic.judge(model, task, "test")
+    found |= {"merged_error": error(model), "original_error": error(original)} | classic.judged(model, task)
     again = dense(pl.quantize(model, **(METHODS[name].packing or NF4)))
     found["requantised_error"] = error(again)
     for what, merged in (("requantised", again), ("original", original)):
@@ -202,10 +195,7 @@ def execute(run: lab.Run) -> lab.Row:
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def table(path: Path, plan: lab.Experiment) -> str:
-    runs = lab.made(path, plan)
-    if not len(runs):
-        return "no runs yet"
+def table(runs) -> str:
     columns = ("bits", "untrained_accuracy", "requantised_accuracy", "original_accuracy")
     found = lab.summary(runs, ["task", "method"], also=columns)
     lines = [
@@ -220,21 +210,13 @@ def table(path: Path, plan: lab.Experiment) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="the file to write, and of the runs to go on from")
+    parser = lab.options(__doc__, OUT, jobs=1)
     parser.add_argument("--tasks", nargs="+", choices=tuple(classic.STEPS), default=("voices", "sql", "reviews"))
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), metavar="METHOD",
                         help=f"of {', '.join(METHODS)}")  # fmt: skip
-    parser.add_argument("--steps", type=int, help="optimizer steps per run (default: each task's own)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each (default 1)")
+    lab.add_steps(parser, None)
     options = parser.parse_args(arguments)
-    if options.jobs < 1 or (options.steps is not None and options.steps < 1):
-        parser.error("--steps and --jobs start at 1")
-    plan = experiment(options.tasks, options.methods, options.steps)
-    try:
-        lab.work(plan, options.out, options.jobs)
-    finally:
-        print(table(options.out, plan))
+    lab.carry_out(experiment(options.tasks, options.methods, options.steps), options, table)
 
 
 if __name__ == "__main__":

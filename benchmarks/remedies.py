@@ -19,7 +19,6 @@ that are not about the task, and the base is back, bit for bit.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Sequence
@@ -51,15 +50,14 @@ def experiment(
     task: str = "sql", methods: Sequence[str] = METHODS, steps: int = forgetting.STEPS, grid: Path = forgetting.OUT
 ) -> lab.Experiment:
     """All remedies for the methods, each at its own best rate in the recorded grid."""
-    runs, (base, data) = lab.read(grid), lab.fingerprints(task)
-    cases = []
+    runs, cases = lab.read(grid), []
     for name in methods:
         mine = runs[(runs["task"] == task) & (runs["method"] == name)]
         rate = float(lab.chosen(mine, "method")["learning_rate"].iloc[0])
         for remedy, strengths in REMEDIES.items():
             for strength in strengths:
                 key = {"task": task, "method": name, "remedy": remedy, "strength": strength}
-                settings = {"steps": steps, "batch_size": forgetting.BATCH, "base": base, "data": data}
+                settings = lab.budget(task, steps, forgetting.BATCH)
                 settings["config"] = lab.config_hash(key | settings | forgetting.method_of(name)._asdict())
                 cases.append(lab.Case(key, settings, (rate,)))
     return lab.Experiment(tuple(cases), forgetting.MEASURED, execute, SEEDS)
@@ -101,11 +99,8 @@ def execute(run: lab.Run) -> lab.Row:
     return forgetting.record(run, model, rows, begin, finish, **training)
 
 
-def table(path: Path, plan: lab.Experiment) -> str:
+def table(runs) -> str:
     """Each remedy's means over the seeds."""
-    runs = lab.made(path, plan)
-    if not len(runs):
-        return "no runs yet"
     columns = ["test_accuracy", *(f"test_{name}" for name in forgetting.RETAINED)]
     means = runs.groupby(["method", "remedy", "strength"], sort=False)[columns].mean()
     body = [(*map(str, key), *(f"{100 * one[c]:.1f} %" for c in columns[:3]), *(f"{one[c]:.2f}" for c in columns[3:]))
@@ -114,15 +109,13 @@ def table(path: Path, plan: lab.Experiment) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="the file to write, and of the runs to go on from")
+    parser = lab.options(__doc__, OUT)
     parser.add_argument("--grid", type=Path, default=forgetting.OUT, help="where the best rates are read from")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    forgetting.add_running(parser)
+    lab.add_steps(parser, forgetting.STEPS)
     options = parser.parse_args(arguments)
-    forgetting.check_running(parser, options)
     plan = experiment(methods=options.methods, steps=options.steps, grid=options.grid)
-    forgetting.work(plan, options, table)
+    lab.carry_out(plan, options, table)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,7 @@ that all of them give the same logits and the same tokens, and stops if they do 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import gc
-import json
-import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,11 +30,11 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from step import CLOCKS, base_model, machine, quartiles  # noqa: E402  # the benchmark beside this file
+from step import base_model  # noqa: E402  # the benchmark beside this file
 
 import peftlab as pl  # noqa: E402
 from peftlab import lab, mixed, serve  # noqa: E402
-from peftlab.paths import DATA, atomic_write  # noqa: E402
+from peftlab.paths import DATA  # noqa: E402
 
 OUT = DATA / "results" / "serve.json"
 RANK, ALPHA = 8, 16
@@ -182,32 +178,19 @@ def compare(runs: dict, adapters: int) -> float:
 
 def measure(runs: dict, rounds: int, clock: Callable[[], float]) -> dict[tuple[str, str], list[float]]:
     """(phase, variant) -> seconds of each round."""
-    todo = list(works(runs))
-    seconds: dict[tuple[str, str], list[float]] = {(phase, name): [] for phase, name, _ in todo}
-    draw = random.Random(0)
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            gc.collect()
-            for phase, name, work in draw.sample(todo, len(todo)):
-                start = clock()
-                work()
-                seconds[phase, name].append(clock() - start)
-    finally:
-        gc.enable()
-    return seconds
+    todo = {(phase, name): work for phase, name, work in works(runs)}
+    return lab.take_turns(todo, rounds, lab.stopwatch(clock))
 
 
 def summarise(seconds: dict, adapters: int, error: float, tokens: dict[str, int]) -> list[dict]:
     """A row for each phase and variant; `speed` is its throughput as a multiple of peft's and of the plain one's."""
     def speed(phase: str, name: str, other: str) -> list[float]:
-        pairs = zip(seconds[phase, other], seconds[phase, name], strict=True)
-        return quartiles([theirs / own for theirs, own in pairs])
+        return lab.ratios(seconds[phase, other], seconds[phase, name])
 
     return [
         {
-            "adapters": adapters, "phase": phase, "variant": name, "ms": [1000 * q for q in quartiles(times)],
-            "tokens_per_s": tokens[phase] / quartiles(times)[1], "speed_to_peft": speed(phase, name, "peft"),
+            "adapters": adapters, "phase": phase, "variant": name, "ms": [1000 * q for q in lab.quartiles(times)],
+            "tokens_per_s": tokens[phase] / lab.quartiles(times)[1], "speed_to_peft": speed(phase, name, "peft"),
             "speed_to_plain": speed(phase, name, "plain"), "difference": error,
         }
         for (phase, name), times in seconds.items()
@@ -215,31 +198,23 @@ def summarise(seconds: dict, adapters: int, error: float, tokens: dict[str, int]
 
 
 def table(rows: list[dict]) -> str:
-    def spread(values: list[float], digits: int) -> str:
-        return f"{values[1]:.{digits}f} ({values[0]:.{digits}f}–{values[2]:.{digits}f})"
-
     head = ("adapters", "phase", "variant", "ms (IQR)", "tokens/s", "× peft's speed (IQR)", "× plain's speed (IQR)")
     body = [
-        (row["adapters"], row["phase"], row["variant"], spread(row["ms"], 1), f"{row['tokens_per_s']:,.0f}",
-         spread(row["speed_to_peft"], 2), spread(row["speed_to_plain"], 2))
+        (row["adapters"], row["phase"], row["variant"], lab.spread(row["ms"], 1), f"{row['tokens_per_s']:,.0f}",
+         lab.spread(row["speed_to_peft"], 2), lab.spread(row["speed_to_plain"], 2))
         for row in rows
     ]  # fmt: skip
     return lab.markdown(head, [[str(cell) for cell in line] for line in body])
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description="Throughput of batches with many adapters, ours beside peft.")
-    parser.add_argument("--rounds", type=int, default=10, help="times that each work is timed (default 10)")
+    parser = lab.timing_options("Throughput of batches with many adapters, ours beside peft.", rounds=10, out=OUT)
     parser.add_argument("--rows", type=int, default=64, help="rows of the batch (default 64)")
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16, 64], help="how many different ones")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of each prompt (default 32)")
     parser.add_argument("--new", type=int, default=8, help="tokens to decode (default 8)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="wall or this process's cpu (default wall)")
-    parser.add_argument("--out", type=Path, default=OUT, help="the JSON file to write")
     args = parser.parse_args(argv)
-    if args.rounds < 2:
-        parser.error("--rounds must be at least 2: one round has no spread")
     if not all(1 <= n <= args.rows for n in args.adapters):
         parser.error("--adapters must be from 1 to the number of rows")
     torch.set_num_threads(args.threads)
@@ -250,21 +225,18 @@ def main(argv: list[str] | None = None) -> list[dict]:
     ids, tokens = (torch.randint(2, base.config.vocab_size, (args.rows, n), generator=draw)
                    for n in (args.tokens, args.new))  # fmt: skip
     ours, theirs, names = models(base, max(args.adapters))
-    here, rows = machine(), []
+    here, rows = lab.machine(), []
     counts = {"prefill": ids.numel(), "decode": tokens.numel(), "generate": tokens.numel()}
     with torch.no_grad():
         for n in args.adapters:
             runs = variants(ours, theirs, names[:n], ids, tokens)
             error = compare(runs, n)  # warms everything up, too
-            rows += summarise(measure(runs, args.rounds, CLOCKS[args.clock]), n, error, counts)
+            rows += summarise(measure(runs, args.rounds, lab.CLOCKS[args.clock]), n, error, counts)
             del runs
-    print(f"{which}; {args.rows} rows, prompts of {args.tokens} tokens, {args.new} new ones, LoRA r={RANK}, "
-          f"{args.rounds} rounds, {args.clock} clock; "
-          + ", ".join(f"{key} {value}" for key, value in here.items()) + "\n")  # fmt: skip
-    print(table(rows))
+    words = (f"{which}; {args.rows} rows, prompts of {args.tokens} tokens, {args.new} new ones, LoRA r={RANK}, "
+             f"{args.rounds} rounds, {args.clock} clock")  # fmt: skip
     settings = {"base": which, "rank": RANK, **{key: value for key, value in vars(args).items() if key != "out"}}
-    content = json.dumps({"settings": settings, "machine": here, "rows": rows}, indent=1, ensure_ascii=False)
-    atomic_write(args.out, content + "\n")
+    lab.report(words, here, table(rows), rows, settings, args.out)
     return rows
 
 

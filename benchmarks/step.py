@@ -10,14 +10,8 @@ does not count the time that other processes had. Peak memory is measured apart 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import gc
 import json
-import os
-import platform
-import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,11 +21,8 @@ import torch
 from torch import nn
 
 from peftlab import lab
-from peftlab.paths import atomic_write
-from peftlab.provenance import provenance
 
 TARGETS = {"all linears": "all-linear", "q,v": ["q_proj", "v_proj"]}
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 RANK, ALPHA = 8, 16
 MIB = 2**20
 
@@ -106,22 +97,10 @@ def time_steps(
     runs: dict[str, Variant], rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
     """Seconds per step; in each round every variant once, in a random order."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    draw, names = random.Random(0), list(runs)
     for variant in runs.values():
         for _ in range(3):  # optimizer state, kernels' first calls
             variant.step()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            gc.collect()
-            for name in draw.sample(names, len(names)):
-                start = clock()
-                runs[name].step()
-                seconds[name].append(clock() - start)
-    finally:
-        gc.enable()
-    return seconds
+    return lab.take_turns({name: variant.step for name, variant in runs.items()}, rounds, lab.stopwatch(clock))
 
 
 def peak_bytes(work: Callable[[], None]) -> int:
@@ -144,20 +123,15 @@ def peak_bytes(work: Callable[[], None]) -> int:
     return peak
 
 
-def quartiles(values: list[float]) -> list[float]:
-    """First quartile, median, third quartile."""
-    return statistics.quantiles(values, n=4, method="inclusive")
-
-
 def summarise(runs: dict[str, Variant], seconds: dict[str, list[float]], peaks: dict[str, int]) -> list[dict]:
     def ratio(name: str, other: str | None) -> list[float] | None:
         if other is None or name == other:
             return None
-        return quartiles([a / b for a, b in zip(seconds[name], seconds[other], strict=True)])
+        return lab.ratios(seconds[name], seconds[other])
 
     return [
         {
-            "variant": name, "trained": variant.trained(), "ms": [1000 * q for q in quartiles(seconds[name])],
+            "variant": name, "trained": variant.trained(), "ms": [1000 * q for q in lab.quartiles(seconds[name])],
             "ratio_to_full": ratio(name, "full"),
             "ratio_to_peft": ratio(name, name.replace("ours", "peft") if name.startswith("ours") else None),
             "peak_mib": (variant.resident() + peaks[name]) / MIB, "step_mib": peaks[name] / MIB,
@@ -167,36 +141,21 @@ def summarise(runs: dict[str, Variant], seconds: dict[str, list[float]], peaks: 
 
 
 def table(rows: list[dict]) -> str:
-    def spread(values: list[float] | None, digits: int) -> str:
-        return "–" if values is None else f"{values[1]:.{digits}f} ({values[0]:.{digits}f}–{values[2]:.{digits}f})"
-
     head = ("variant", "trained", "ms (IQR)", "× full (IQR)", "× peft (IQR)", "peak MiB", "of it the step")
     body = [
-        (row["variant"], f"{row['trained']:,}", spread(row["ms"], 1), spread(row["ratio_to_full"], 3),
-         spread(row["ratio_to_peft"], 3), f"{row['peak_mib']:.1f}", f"{row['step_mib']:.1f}")
+        (row["variant"], f"{row['trained']:,}", lab.spread(row["ms"], 1), lab.spread(row["ratio_to_full"], 3),
+         lab.spread(row["ratio_to_peft"], 3), f"{row['peak_mib']:.1f}", f"{row['step_mib']:.1f}")
         for row in rows
     ]  # fmt: skip
     return lab.markdown(head, body)
 
 
-def machine() -> dict:
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
-    return {**provenance(), "system": platform.platform(terse=True), "load": load}
-
-
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description="Time and memory of one training step, ours beside peft.")
-    parser.add_argument("--rounds", type=int, default=40, help="steps per variant that are timed (default 40)")
+    parser = lab.timing_options("Time and memory of one training step, ours beside peft.", rounds=40)
     parser.add_argument("--batch", type=int, default=16, help="rows (default 16)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens per row (default 64)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument(
-        "--clock", choices=CLOCKS, default="wall", help="wall or this process's cpu time (default wall)"
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the numbers, with machine and versions, to FILE")
     args = parser.parse_args(argv)
-    if args.rounds < 2:
-        parser.error("--rounds must be at least 2: one round has no spread")
     torch.set_num_threads(args.threads)
 
     base, which = base_model()
@@ -204,24 +163,14 @@ def main(argv: list[str] | None = None) -> list[dict]:
         2, base.config.vocab_size, (args.batch, args.tokens), generator=torch.Generator().manual_seed(0)
     )
     runs = variants(base, ids)
-    here = machine()
-    seconds = time_steps(runs, args.rounds, CLOCKS[args.clock])
+    here = lab.machine()
+    seconds = time_steps(runs, args.rounds, lab.CLOCKS[args.clock])
     peaks = {name: peak_bytes(variant.step) for name, variant in runs.items()}
     rows = summarise(runs, seconds, peaks)
-    print(f"{which}; {args.batch} × {args.tokens} tokens, LoRA r={RANK}, {args.rounds} rounds, {args.clock} clock; "
-          + ", ".join(f"{key} {value}" for key, value in here.items()) + "\n")  # fmt: skip
-    print(table(rows))
-    if args.json:
-        settings = {
-            "base": which,
-            "rounds": args.rounds,
-            "clock": args.clock,
-            "batch": args.batch,
-            "tokens": args.tokens,
-            "rank": RANK,
-        }
-        content = json.dumps({"settings": settings, "machine": here, "rows": rows}, indent=1, ensure_ascii=False)
-        atomic_write(args.json, content + "\n")
+    words = f"{which}; {args.batch} × {args.tokens} tokens, LoRA r={RANK}, {args.rounds} rounds, {args.clock} clock"
+    settings = {"base": which, "rounds": args.rounds, "clock": args.clock, "batch": args.batch, "tokens": args.tokens,
+                "rank": RANK}  # fmt: skip
+    lab.report(words, here, table(rows), rows, settings, args.out)
     return rows
 
 

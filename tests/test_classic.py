@@ -130,7 +130,7 @@ def test_form_of_an_answer_is_judged_apart_from_its_content(tiny, monkeypatch):
                "voices": ["Arr, all be well, matey!", "all is well"]}  # fmt: skip
     for task, given in answers.items():
         monkeypatch.setattr(evaluate, "generate", lambda *_, given=given, **__: given * 2)
-        monkeypatch.setattr(evaluate, "_encode", lambda *_, **__: [])
+        monkeypatch.setattr(evaluate, "tokens_of", lambda *_, **__: [])
         assert classic.judge(tiny, task, "valid")[1] == 0.5
 
 

@@ -1,15 +1,13 @@
 """The counting benchmark measures what it says, on a small shape; and what is recorded is what it prints."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from families import script
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("count_benchmark", ROOT / "benchmarks" / "count.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+bench = script("count")
 
 
 def test_a_small_run(tmp_path, capsys):

@@ -1,17 +1,12 @@
 """The rank experiment: one run for real, and what was recorded. test_laboratory.py tests how runs are planned."""
 
 import csv
-import importlib.util
-import sys
-from pathlib import Path
+
+from families import script
 
 from peftlab import lab
 
-path = Path(__file__).resolve().parent.parent / "benchmarks" / "lora_rank.py"
-spec = importlib.util.spec_from_file_location("lora_rank", path)
-lora_rank = importlib.util.module_from_spec(spec)
-sys.modules["lora_rank"] = lora_rank
-spec.loader.exec_module(lora_rank)
+lora_rank = script("lora_rank")
 
 
 def test_plan():

@@ -1,17 +1,15 @@
 """The NF4 benchmark measures what it says: same results, every row, memory of torch and of numpy."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from families import script
 
-path = Path(__file__).resolve().parent.parent / "benchmarks" / "nf4.py"
-spec = importlib.util.spec_from_file_location("nf4_benchmark", path)
-nf4 = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(nf4)
+from peftlab import lab
+
+nf4 = script("nf4")
 
 
 def test_memory_is_counted_whoever_gave_it():
@@ -40,4 +38,4 @@ def test_a_small_run(tmp_path, capsys, monkeypatch):
 def test_other_results_are_no_comparison():
     work = nf4.Work("product", lambda: torch.ones(3), lambda: torch.ones(3) * 1.01, 1e-3)
     with pytest.raises(SystemExit, match="product: results differ by"):
-        nf4.measure(work, 2, nf4.CLOCKS["wall"])
+        nf4.measure(work, 2, lab.CLOCKS["wall"])

@@ -90,7 +90,7 @@ def test_main_goes_on_and_prints_the_means(tiny, tmp_path, capsys, monkeypatch):
     remedies, _ = tiny
     monkeypatch.setattr(remedies, "REMEDIES", {"decay": (0.01,)})
     monkeypatch.setattr(remedies, "SEEDS", (0,))
-    monkeypatch.setattr(lab, "work", lambda experiment, path, *_: [
+    monkeypatch.setattr(lab.commands, "work", lambda experiment, path, *_: [
         lab.write(path, [*lab.rows_of(path, experiment.columns), lab.wanted(run) | experiment.execute(run)],
                   experiment.columns)
         for case in experiment.cases for run in lab.pending(lab.rows_of(path, experiment.columns), case, (0,))

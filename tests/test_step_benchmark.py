@@ -1,16 +1,12 @@
 """The benchmark measures what it says: known allocations, equal counts, every variant."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from families import script
 
-path = Path(__file__).resolve().parent.parent / "benchmarks" / "step.py"
-spec = importlib.util.spec_from_file_location("step_benchmark", path)
-step = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(step)
+step = script("step")
 
 
 def test_peak_bytes_counts_what_lives_at_the_same_time():

@@ -14,9 +14,11 @@ the runs in flight are lost. A row counts as done only for the settings that it 
 run again and replaced. To run something again, delete its row.
 
 `plan` says what is to be run, `table` reads and writes rows, `engine` does the runs (`cluster` through Ray), and
-`statistics` says what can be claimed of them.
+`statistics` says what can be claimed of them. `commands` is what their programs have in common; `timing` is for works
+whose times are compared.
 """
 
+from .commands import add_steps, at_least, carry_out, options
 from .engine import ENGINES, conduct, fitting_jobs, last, time_left, train_run, work
 from .plan import (
     ORIGIN,
@@ -46,6 +48,7 @@ from .statistics import (
 )
 from .table import (
     RESULTS,
+    budget,
     config_hash,
     costs,
     fingerprint,
@@ -58,10 +61,13 @@ from .table import (
     rows_of,
     write,
 )
+from .timing import CLOCKS, machine, quartiles, ratios, report, spread, stopwatch, take_turns, timing_options
 
 __all__ = [
-    "ENGINES", "ORIGIN", "RESULTS", "Case", "Comparison", "Experiment", "Interval", "Row", "Run", "best", "bootstrap",
-    "chosen", "compare", "compare_methods", "conduct", "config_hash", "costs", "find", "fingerprint", "fingerprints",
-    "fitting_jobs", "holm", "last", "left", "left_of", "made", "markdown", "measured_row", "pending", "put", "read",
-    "rows_of", "seeds_range", "summary", "time_left", "train_run", "tried", "wanted", "without_old", "work", "write",
+    "CLOCKS", "ENGINES", "ORIGIN", "RESULTS", "Case", "Comparison", "Experiment", "Interval", "Row", "Run",
+    "add_steps", "at_least", "best", "bootstrap", "budget", "carry_out", "chosen", "compare", "compare_methods",
+    "conduct", "config_hash", "costs", "find", "fingerprint", "fingerprints", "fitting_jobs", "holm", "last",
+    "left", "left_of", "machine", "made", "markdown", "measured_row", "options", "pending", "put", "quartiles",
+    "ratios", "read", "report", "rows_of", "seeds_range", "spread", "stopwatch", "summary", "take_turns",
+    "time_left", "timing_options", "train_run", "tried", "wanted", "without_old", "work", "write",
 ]  # fmt: skip

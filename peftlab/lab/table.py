@@ -124,6 +124,12 @@ def fingerprints(task: str) -> tuple[str, str]:
     return fingerprint(DATA / "base" / "model.safetensors"), fingerprint(*rows)
 
 
+def budget(task: str, steps: int, batch_size: int) -> dict[str, Any]:
+    """Settings that a run on a task is made with: the same for all that are compared, on this base and these rows."""
+    base, data = fingerprints(task)
+    return {"steps": steps, "batch_size": batch_size, "base": base, "data": data}
+
+
 def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """A table as text that is aligned and also Markdown."""
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
