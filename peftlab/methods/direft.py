@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Adapter
-from ._blocks import edit_block, mask_place, reading_blocks, width_of
+from ._reft import begin, edit_block, plan
 
 
 class DiReFT(Adapter):
@@ -23,21 +23,14 @@ class DiReFT(Adapter):
 
     family = "representation"
     targets, mixes = "all-blocks", False
+    plan, forward = classmethod(plan), edit_block
 
     def __init__(self, layer: nn.Module, r: int = 8, first: int | None = 4, last: int = 0):
         super().__init__(layer)
-        D = width_of(layer)
-        if not 1 <= r <= D:
-            raise ValueError(f"rank r={r} is not in 1…{D}, the width of the hidden states")
-        self.first, self.last, self.mask_at = first, last, mask_place(layer)
+        D = begin(self, r, first, last)
         self.W1, self.W2 = nn.Parameter(torch.empty(r, D)), nn.Parameter(torch.zeros(r, D))
         self.b = nn.Parameter(torch.zeros(r))
         nn.init.kaiming_uniform_(self.W1, a=math.sqrt(5))
-
-    @classmethod
-    def plan(cls, model, paths, hyper):
-        found = reading_blocks(model, paths, hyper.get("first", 4), hyper.get("last", 0))
-        return {path: (cls, hyper) for path in found}
 
     def expected(self) -> int:
         """2·r·D + r a block, with D the width of the hidden states"""
@@ -46,6 +39,3 @@ class DiReFT(Adapter):
 
     def edit(self, h: Tensor) -> Tensor:  # (..., D) -> (..., D)
         return (h @ self.W1.T + self.b) @ self.W2
-
-    def forward(self, f, *args, **kwargs):
-        return edit_block(self, f, args, kwargs)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Adapter
-from ._blocks import edit_block, mask_place, reading_blocks, width_of
+from ..layers import wide
+from ._reft import begin, edit_block, plan
 
 
 class LoReFT(Adapter):
@@ -17,8 +18,8 @@ class LoReFT(Adapter):
     training starts at the base (the paper's code draws W at random). R is kept free, and its rows are made orthonormal
     in each pass: R ← L⁻¹·R with L·Lᵀ = R·Rᵀ (Gram and Schmidt, by Cholesky), which leaves orthonormal ones as they are.
 
-    Edited are the first positions of the text, and for models that write nothing the last; padding does not count,
-    and generated tokens are left alone. In an encoder–decoder, the encoder's blocks. Cannot be merged.
+    Edited are the first positions of the text, in use as in training, and for models that write nothing the last;
+    padding does not count. In an encoder–decoder, the encoder's blocks. Cannot be merged.
     r: 1…D. first, last: how many positions; first=None: all. Trained: 2·r·D + r a block.
     Raises ValueError for an r or positions out of range, and for last positions in a model that writes.
     Source: Wu et al. 2024, arXiv:2404.03592, section 3.
@@ -26,22 +27,15 @@ class LoReFT(Adapter):
 
     family = "representation"
     targets, mixes = "all-blocks", False
+    plan, forward = classmethod(plan), edit_block
 
     def __init__(self, layer: nn.Module, r: int = 8, first: int | None = 4, last: int = 0):
         super().__init__(layer)
-        D = width_of(layer)
-        if not 1 <= r <= D:
-            raise ValueError(f"rank r={r} is not in 1…{D}, the width of the hidden states")
-        self.first, self.last, self.mask_at = first, last, mask_place(layer)
+        D = begin(self, r, first, last)
         self.R = nn.Parameter(torch.empty(r, D))
         if not self.R.is_meta:
             nn.init.orthogonal_(self.R)
         self.W, self.b = nn.Parameter(self.rotation().detach().clone()), nn.Parameter(torch.zeros(r))
-
-    @classmethod
-    def plan(cls, model, paths, hyper):
-        found = reading_blocks(model, paths, hyper.get("first", 4), hyper.get("last", 0))
-        return {path: (cls, hyper) for path in found}
 
     def expected(self) -> int:
         """2·r·D + r a block, with D the width of the hidden states"""
@@ -52,12 +46,9 @@ class LoReFT(Adapter):
         """R with orthonormal rows (r, D)."""
         if self.R.is_meta:
             return self.R
-        R = self.R.to(torch.promote_types(self.R.dtype, torch.float32))
+        R = wide(self.R)
         return torch.linalg.solve_triangular(torch.linalg.cholesky(R @ R.T), R, upper=False).to(self.R.dtype)
 
     def edit(self, h: Tensor) -> Tensor:  # (..., D) -> (..., D)
         R = self.rotation()
         return (h @ (self.W - R).T + self.b) @ R  # (W − R)·h: exactly nothing at the start
-
-    def forward(self, f, *args, **kwargs):
-        return edit_block(self, f, args, kwargs)
