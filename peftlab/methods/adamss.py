@@ -1,4 +1,4 @@
-"""AdaMSS: a small low-rank change for each group of similar rows. NeurIPS 2025, OpenReview 8ZdWmpYxT0."""
+"""AdaMSS: a small low-rank change for each group of similar rows. Zheng et al. 2025, OpenReview 8ZdWmpYxT0."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Adapter
-from ..layers import shape_of, weight_of
-from ._kmeans import kmeans
+from ..layers import shape_of
+from ._subspaces import allocate, decomposed, learning
 
 
 class AdaMSS(Adapter):
@@ -22,44 +22,45 @@ class AdaMSS(Adapter):
     W₀, so an adapter belongs to the very weights it was made on. On a copy of them in bfloat16 or in four bits a few
     rows are in other groups; where that changes a group's size, it is refused.
     r: R, cut to the layer's size. subspaces: K. subspace_rank: rₖ. seed: of the decomposition, which is approximate.
-    HF PEFT's use_asa, which in training freezes the groups that matter least, and its use_dynamic_rank are not here.
-    Trained: rₖ·(K·R + out), less where a group has under rₖ outputs. Raises ValueError for numbers below 1.
-    Source: "AdaMSS: Adaptive multi-subspace approach for parameter-efficient fine-tuning", NeurIPS 2025, OpenReview
-    8ZdWmpYxT0.
+    asa: in training, freeze the groups that matter least, by how Aₖ and Bₖ changed the loss lately: `target` of all
+    layers' groups go on learning from step tfinal on; see `_subspaces`. A loop of your own calls `stepped`, as
+    `pl.train` does. interval, beta1, beta2, exponent: of the choice. HF PEFT's use_dynamic_rank is not here.
+    Trained: rₖ·(K·R + out), less where a group has under rₖ outputs. Raises ValueError for numbers out of range.
+    Source: Zheng et al. 2025, "AdaMSS: Adaptive multi-subspace approach for parameter-efficient fine-tuning", NeurIPS,
+    OpenReview 8ZdWmpYxT0.
     """
 
-    family = "low-rank"
-    hf_type = "ADAMSS"
-    hf_hyper = {"r": "r", "subspaces": "num_subspaces", "subspace_rank": "subspace_rank", "seed": "random_seed"}
-    hf_ignored = frozenset({"use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval",
-                            "asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent",
-                            "svd_threshold"})  # fmt: skip
+    family, hf_type = "low-rank", "ADAMSS"
+    hf_hyper = {"r": "r", "subspaces": "num_subspaces", "subspace_rank": "subspace_rank", "seed": "random_seed",
+                "asa": "use_asa", "target": "asa_target_subspaces", "tinit": "init_warmup", "tfinal": "final_warmup",
+                "interval": "mask_interval", "beta1": "asa_importance_beta", "beta2": "asa_uncertainty_beta",
+                "exponent": "asa_schedule_exponent"}  # fmt: skip
+    hf_ignored = frozenset({"svd_threshold"})
 
-    def __init__(self, layer: nn.Module, r: int = 100, subspaces: int = 5, subspace_rank: int = 1, seed: int = 0):
+    def __init__(self, layer: nn.Module, r: int = 100, subspaces: int = 5, subspace_rank: int = 1, seed: int = 0,
+                 asa: bool = False, target: int = 50, tinit: int = 50, tfinal: int = 1000, interval: int = 100,
+                 beta1: float = 0.85, beta2: float = 0.85, exponent: float = 3.0):  # fmt: skip
         super().__init__(layer)
         if min(r, subspaces, subspace_rank) < 1:
             raise ValueError(f"r={r}, subspaces={subspaces} and subspace_rank={subspace_rank} must be at least 1")
+        if asa and (min(target, interval) < 1 or not 0 <= tinit < tfinal or exponent <= 0):
+            raise ValueError(f"asa needs target={target}, interval={interval} ≥ 1, tinit={tinit} < tfinal={tfinal} and "
+                             f"exponent={exponent} > 0")  # fmt: skip
         shape_of(layer)  # names any other kind of layer
-        W, b = weight_of(layer).detach().float(), getattr(layer, "bias", None)
-        W = W if b is None else torch.cat([W, b.detach().float()[:, None]], 1)
-        R, K = min(r, *W.shape), min(subspaces, len(W))
-        with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
-            torch.manual_seed(seed)
-            U, _, V = (W[:, :R], None, W[:R].T) if W.is_meta else torch.svd_lowrank(W, q=R, niter=2)
-        found = torch.arange(len(W), device="cpu") % K if W.is_meta else kmeans(U, K)
-        rows = [torch.where(found == k)[0].to(W.device) for k in range(K)]
-        self.register_buffer("adamss_newB", V.T.contiguous())
+        V, rows, starts = decomposed(layer, r, subspaces, subspace_rank, seed)
+        self.register_buffer("adamss_newB", V)
         self.register_buffer("order", torch.cat(rows).argsort(), persistent=False)
         self.groups = [len(own) for own in rows]
-        starts = [torch.linalg.svd(U[own], full_matrices=False)[2][:subspace_rank] for own in rows]
         self.adamss_A = nn.ParameterList(A.clone() for A in starts)
         self.adamss_B = nn.ParameterList(torch.zeros(n, len(A)) for n, A in zip(self.groups, starts, strict=True))
+        self.asa, self.memory = asa, ("active", "mean", "spread") if asa else ()
+        for name in self.memory:  # which groups go on learning, and how important each number was
+            numbers = len(rows) if name == "active" else sum(p.numel() for p in self.parameters())
+            self.register_buffer(name, torch.full((numbers,), float(name == "active")), persistent=False)
 
     @staticmethod
-    def size(
-        out_features: int, in_features: int, r: int = 100, subspaces: int = 5, subspace_rank: int = 1,
-        bias: bool = False, **_
-    ) -> int:  # fmt: skip
+    def size(out_features: int, in_features: int, r: int = 100, subspaces: int = 5, subspace_rank: int = 1,
+             bias: bool = False, **_) -> int:  # fmt: skip
         """rₖ·(K·R + out)"""
         R = min(r, out_features, in_features + bias)
         return min(subspace_rank, R) * (min(subspaces, out_features) * R + out_features)
@@ -71,5 +72,9 @@ class AdaMSS(Adapter):
     def delta(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         V = self.adamss_newB
         z = x @ V[:, : x.shape[-1]].T + V[:, x.shape[-1] :].sum(1)  # (..., R); the last column is the bias's, if any
-        parts = [z @ A.T @ B.T for A, B in zip(self.adamss_A, self.adamss_B, strict=True)]
+        parts = [z @ A.T @ B.T for A, B in learning(self)]
         return torch.cat(parts, -1)[..., self.order]
+
+    @classmethod
+    def stepped(cls, made, step: int, steps: int) -> None:
+        allocate(made, step)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from ..core import Adapter
 from ..layers import shape_of
-from ._shared import Frozen, Held, agree, keep, largest, seeded, uniform
+from ._bases import bases
+from ._shared import Frozen, Held, agree, keep, largest
 
 
 class RandLoRA(Adapter):
@@ -23,18 +21,19 @@ class RandLoRA(Adapter):
     A smaller r trains more numbers, not fewer: it takes more terms to reach full rank. Each pass builds the scaled A's,
     (N·r, m), and multiplies by the two as a chain: about the cost of one or two more dense layers of that size.
     r: rank of a term, one for all layers. alpha: α. dropout: on the adapter's input. seed: of A and B.
-    save_projection: A and B in the file. Trained: N·(r + m). Raises ValueError for r below 1.
-    Source: Albert et al. 2025, arXiv:2502.00987. The pairing of B's columns with A's rows is HF PEFT's: it
+    save_projection: A and B in the file. sparse: A and B of −1, 0, 1, two thirds of them zeros; very_sparse: all but a
+    share of 1/√m, m of the largest layer; both are held dense. Trained: N·(r + m). Raises ValueError for r below 1.
+    Source: Albert et al. 2025, arXiv:2502.00987, section 4.2. The pairing of B's columns with A's rows is HF PEFT's: it
     counts the first basis by basis and the others rank by rank, which only draws the random columns in another order.
     """
 
     family = "shared and vector-based"
-    hf_type = "RANDLORA"
+    hf_type, hf_patterns = "RANDLORA", {}
     hf_hyper = {"r": "r", "alpha": "randlora_alpha", "dropout": "randlora_dropout", "seed": "projection_prng_key",
-                "save_projection": "save_projection"}  # fmt: skip
+                "save_projection": "save_projection", "sparse": "sparse", "very_sparse": "very_sparse"}  # fmt: skip
 
     def __init__(self, layer: nn.Module, r: int = 32, alpha: float = 640, dropout: float = 0.0, seed: int = 0,
-                 save_projection: bool = False):  # fmt: skip
+                 save_projection: bool = False, sparse: bool = False, very_sparse: bool = False):  # fmt: skip
         super().__init__(layer)
         if r < 1:
             raise ValueError(f"rank r={r} is below 1")
@@ -43,17 +42,14 @@ class RandLoRA(Adapter):
         self.randlora_gamma = nn.Parameter(torch.full((N, m), 1 / max(N, m)))
         self.dropout, self.scaling = nn.Dropout(dropout), alpha / r
         self.r, self.seed, self.save_projection = r, seed, save_projection
+        self.sparse, self.very_sparse = sparse, very_sparse
         self.shared: Held = None  # Frozen: A and B
 
     @classmethod
     def share(cls, made) -> None:
-        """Drawn in bfloat16, then divided by their deviation: as HF PEFT does it, for the same numbers from a seed."""
-        agree(made, "r", "seed", "save_projection")
-        one, (few, many) = made[min(made)], sorted(largest(made))
-        draw = partial(uniform, seeded(one.seed), one, dtype=torch.bfloat16, slope=math.sqrt(5))
-        A = draw(one.r, 1, few)
-        B = torch.cat([draw(many, 1, one.r) for _ in range(-(-few // one.r))], 1)
-        A, B = ((t / t.std()).float() for t in (A, B))
+        agree(made, "r", "seed", "save_projection", "sparse", "very_sparse")
+        one = made[min(made)]
+        A, B = bases(one, *sorted(largest(made)))
         keep(made, "shared", Frozen(one.save_projection, randlora_A=A, randlora_B=B))
 
     @staticmethod

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core import Adapter
 from ..layers import device_of, shape_of
+from ._filters import low_pass
 from ._spectrum import one_for_all, places, spread
-from ._wavelets import daubechies, inverse
+from ._wavelets import inverse
 
 USUAL = 2592
 
@@ -24,16 +23,17 @@ class WaveFT(Adapter):
     db1, two rows and two columns; so ΔW is sparse, and of a high rank. FourierFT's waves are over all of the weight.
 
     Each pass builds ΔW in out·in·N steps, and x·ΔWᵀ takes as long as W₀ itself.
-    n: by default 2592, or all entries of the smallest target. wavelet: "db1" to "db10", Daubechies' with 2N numbers.
-    use_idwt: without it ΔW is s·S itself. scaling: s. seed: of the places, the same for layers of one shape; a file
-    holds the seed and not the places. The numbers start at zero, so training starts at the base.
+    n: by default 2592, or all entries of the smallest target. wavelet: "db1" to "db10", Daubechies' with 2N numbers, or
+    "sym2" to "sym10", the nearly symmetric ones; HF PEFT's coiflets are not here. use_idwt: without it ΔW is s·S.
+    scaling: s. seed: of the places, the same for layers of one shape; a file holds the seed and not the places. The
+    numbers start at zero, so training starts at the base.
     Trained: n. Raises ValueError for an n that is not in 1…out·in and for another wavelet.
     Source: Bilican et al. 2025, "Exploring sparsity for parameter efficient fine tuning using wavelets",
     arXiv:2505.12532.
     """
 
     family = "spectral and structured"
-    hf_type = "WAVEFT"
+    hf_type, hf_patterns = "WAVEFT", {"n": "n_frequency_pattern"}
     hf_hyper = {"n": "n_frequency", "scaling": "scaling", "wavelet": "wavelet_family", "use_idwt": "use_idwt",
                 "seed": "random_loc_seed"}  # fmt: skip
 
@@ -43,13 +43,11 @@ class WaveFT(Adapter):
     ):  # fmt: skip
         super().__init__(layer)
         out_features, in_features = shape_of(layer)
-        if not re.fullmatch("db([1-9]|10)", wavelet):
-            raise ValueError(f"wavelet={wavelet!r} is none of db1, db2, … db10: other families are not computed here")
         n = min(USUAL, out_features * in_features) if n is None else n
         where = places(out_features, in_features, n, seed, device_of(layer))
         self.register_buffer("where", where, persistent=False)
         self.waveft_spectrum = nn.Parameter(torch.zeros(n))
-        self.scaling, self.use_idwt, self.filter = scaling, use_idwt, daubechies(int(wavelet[2:]))
+        self.scaling, self.use_idwt, self.filter = scaling, use_idwt, low_pass(wavelet)
 
     @classmethod
     def plan(cls, model, paths, hyper):
