@@ -2,11 +2,13 @@
 
     python scripts/catalogue.py [--check]
 
-Abilities come from tests/cases.py, which the laws (tests/test_laws.py) hold to the truth; beside the reference are the
-test files that import HF PEFT and name the method. --check writes nothing and fails if either file is not current.
+Abilities come from tests/cases.py, which the laws (tests/test_laws.py) hold to the truth; what is compared with HF PEFT
+from the tests' marks `reference`, which hold too: see tests/witness.py. --check writes nothing and fails if either file
+is not current.
 """
 
 import argparse
+import importlib
 import inspect
 import json
 import os
@@ -22,29 +24,36 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import pandas as pd  # noqa: E402
 from cases import case_of  # noqa: E402
+from witness import claims, functions  # noqa: E402
 
-from peftlab.catalogue import FAMILIES, INITIALISATION, OPTIMIZER, PROCEDURE, Entry, classes, entries, procedures  # noqa: E402  # noqa: E402
-from peftlab.inits import INITS  # noqa: E402
-from peftlab.optim import OPTIMIZERS  # noqa: E402
+from peftlab.catalogue import (  # noqa: E402
+    FAMILIES,
+    INITIALISATION,
+    OPTIMIZER,
+    PROCEDURE,
+    Entry,
+    classes,
+    compared_in_words,
+    entries,
+    reference_mark,
+)
 from peftlab.paths import atomic_write  # noqa: E402
 
 JSON, PAGE = ROOT / "peftlab" / "catalogue.json", ROOT / "docs" / "methods.md"
 QUALITY = ROOT / "tests" / "published" / "peft_quality.csv"
 
-MARKS = (("starts", "S"), ("merges", "M"), ("mixes", "B"), ("reads", "W"), ("data", "D"), ("reference", "R"))
-GENERAL = {"test_house.py", "test_train.py", "test_count.py", "test_vram.py", "test_vram_oracle.py",
-           "test_catalogue.py"}  # fmt: skip  (they name methods, but compare no method with the reference)
+MARKS = (("starts", "S"), ("merges", "M"), ("mixes", "B"), ("reads", "W"), ("data", "D"))
 NOT_HERE: dict[str, str] = {}  # peft_type -> why it is not here
 
 # What HF PEFT 0.21.2 has beside its 45 types -> what it is here; after a colon: why it is not.
 VARIANTS = {
     "LoRA variants": {
-        "rsLoRA": "LoRA, rslora=True", "lora_bias": "LoRA, lora_bias=True", "DoRA": "DoRA", "aLoRA": "ALoRA",
+        "rsLoRA": "LoRA, rslora", "lora_bias": "LoRA, lora_bias", "DoRA": "DoRA", "aLoRA": "ALoRA",
         "Arrow and GenKnowSub": "Arrow", "QALoRA": "QALoRA", "VeLoRA": "VeLoRA", "BD-LoRA": "BDLoRA",
-        "MonteCLoRA": "MonteCLoRA", "KaSA": "KaSA", "MiCA": "MiCA",
-        "rank_pattern, alpha_pattern": "every method with r or alpha",
-        "layer_replication": ": it copies layers of the base, which is no adapter's affair",
-        "target_parameters": ": experts' weights in one 3-D tensor have no module to wrap",
+        "MonteCLoRA": "MonteCLoRA", "KaSA": "KaSA", "MiCA": "MiCA", "modules_to_save": "ModuleCopy",
+        "rank_pattern, alpha_pattern": "LoRA, rank_pattern; so every method with r or alpha",
+        "layer_replication": "layer replication",
+        "target_parameters": "LoRA, target_parameters; targets name parameters as they name layers",
     },
     "initialisations": {
         "kaiming": "kaiming", "gaussian": "gaussian", "orthogonal": "orthogonal", "PiSSA": "pissa", "OLoRA": "olora",
@@ -59,13 +68,18 @@ INTRODUCTION = """\
 # The whole field
 
 {methods} methods, {inits} initialisations, {optimizers} optimizers and {procedures} procedures. A method's file has
-{median:g} lines in the median, {longest} at most. This page is made by `python scripts/catalogue.py` from docstrings
+{median:.0f} lines in the median, {longest} at most. This page is made by `python scripts/catalogue.py` from docstrings
 and tests; `python -m peftlab methods` prints the same, `python -m peftlab methods DoRA` one of them in full.
 
 Abilities: **S** attached and untrained it changes nothing; **M** it merges into the weights; **B** the rows of a batch
 can have different ones; **W** it reads the dense weight (a copy for a moment, on a base in four bits); **D** it needs
-data to begin; **R** it is compared with HF PEFT: files both ways, logits, gradients, counts. All work on bases in
-float32, bfloat16 and four bits.
+data to begin. All work on bases in float32, bfloat16 and four bits.
+
+**R** for a method: tests compare it with HF PEFT's. It reads the file that we write, and we read the file that it
+writes, each to the same outputs, and the gradients of all trained numbers are the same; **r**: a part of this. For an
+initialisation, an optimizer or a procedure R says that its numbers are compared with those of HF PEFT's own function.
+Which part, which function and in which test is said [at the end](#beside-hf-peft). A test that claims this fails if
+what it names did not run in it, here and there.
 
 HF PEFT's figure is the best test accuracy that its own benchmark published for the method (Llama-3.2-3B, trained on
 MetaMathQA, tested on GSM8K, one seed; [all runs](../tests/published/peft_quality.csv)). Rates and sizes were not tuned
@@ -75,25 +89,32 @@ alike, so it is no ranking. Ours, with one budget and each method's own rate, is
 
 def measured() -> dict[str, dict]:
     """name -> what it can do."""
-    tests = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "tests").glob("test_*.py"))}
-    imports = re.compile(r"^ *(import peft|from peft|from parity)\b|importorskip\(.peft", re.M)
-    beside = {name: text for name, text in tests.items() if imports.search(text) and name not in GENERAL}
-
-    def reference(name: str) -> list[str]:
-        return [file for file, text in beside.items() if re.search(rf"\b{name}(Config)?\b", text)]
-
     found = {}
     for name, method in classes().items():
         case, source = case_of(method), Path(inspect.getsourcefile(method)).read_text(encoding="utf-8")
-        there = method.hf_type or name == "Arrow"  # which has no file, and so no type of its own
         found[name] = {"starts": case.identity, "merges": not case.affine, "mixes": method.mixes,
-                       "reads": "weight_of" in source, "reference": reference(name) if there else []}  # fmt: skip
-    for name, function in [*INITS.items(), *OPTIMIZERS.items(), *procedures().items()]:
-        data = {"data", "rows", "dataset"} & set(inspect.signature(function).parameters)
-        found[name] = {"data": bool(data), "reference": reference(function.__name__)}
+                       "reads": "weight_of" in source}  # fmt: skip
+    for name, function in functions().items():
+        found[name] = {"data": bool({"data", "rows", "dataset"} & set(inspect.signature(function).parameters))}
+    for name, there in compared().items():
+        if name.partition(", ")[0] not in found:
+            raise ValueError(f"a test is marked reference({name!r}), and nothing here is called so")
+        found.setdefault(name, {})["reference"] = there
     for name, line in published().items():
         found[name]["published"] = line
     return dict(sorted(found.items()))
+
+
+def compared() -> dict[str, dict[str, list[str]]]:
+    """name -> what of it is compared with the reference -> the test files that do."""
+    found: dict = defaultdict(lambda: defaultdict(set))
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        if re.search(r"mark\.reference\(|import .*\bbeside\b", path.read_text(encoding="utf-8")):
+            for name, what in claims(importlib.import_module(path.stem)):
+                for one in {name, name.partition(", ")[0]}:
+                    for word in what:
+                        found[one][word].add(path.name)
+    return {name: {word: sorted(there[word]) for word in sorted(there)} for name, there in found.items()}
 
 
 def published() -> dict[str, dict]:
@@ -132,9 +153,9 @@ def _family(there: list[Entry], known: dict[str, dict]) -> str:
     rows = []
     for e in there:
         can, file = known[e.name], f"[{e.lines} lines](../peftlab/{e.file})"
-        marks = "".join(letter for key, letter in MARKS if can.get(key))
+        marks = "".join(letter for key, letter in MARKS if can.get(key)) + reference_mark(can)
         paper = f"[{e.year or 'paper'}]({e.link})" if e.link else str(e.year or "")
-        equation = f"`{e.equation}`" if e.equation else ""
+        equation = "`" + e.equation.replace("`", "") + "`" if e.equation else ""
         figure = f"{can['published']['accuracy']:.3f}" if "published" in can else ""
         rows.append([e.name, e.what, equation, *([e.count] if adds else []), marks, paper, file, figure])
     return table([*head, "HF PEFT's figure"], rows)
@@ -145,23 +166,34 @@ def _coverage(methods: list[Entry], known: dict[str, dict]) -> str:
     import peft
 
     types, by_type = [t.value for t in peft.PeftType], defaultdict(list)
+    variants = [name for name in VARIANTS["LoRA variants"].values() if name in known]
     for e in methods:
-        by_type[e.hf_type].append(e.name)
+        if e.name not in variants:
+            by_type[e.hf_type].append(e.name)
     here = sum(t in by_type for t in types)
     rows = []
     for t in sorted(types):
-        tests = sorted({file for name in by_type[t] for file in known[name]["reference"]})
-        rows.append([t, ", ".join(by_type[t]) or f"no: {NOT_HERE[t]}", ", ".join(tests)])
+        names = ", ".join(by_type[t]) + (", and its variants below" if t == "LORA" else "")
+        words = [known[name].get("reference", {}) for name in by_type[t]]
+        rows.append([t, names or f"no: {NOT_HERE[t]}", *_compared(words)])
     text = f"\n## Beside HF PEFT\n\nOf the {len(types)} types of `peft` {peft.__version__}, {here} are here.\n\n"
-    text += table(["type", "here", "compared in"], rows)
+    text += table(["type", "here", "compared", "in"], rows)
     for what, there in VARIANTS.items():
         rows = [[theirs, ours if not ours.startswith(":") else f"no{ours}",
-                 ", ".join(known.get(ours.partition(",")[0], {}).get("reference", []))]
+                 *_compared([known.get(ours.partition(";")[0], {}).get("reference", {})])]
                 for theirs, ours in there.items()]  # fmt: skip
-        text += "\n" + table([f"its {what}", "here", "compared in"], rows)
-    beyond = [e.name for e in methods if not e.hf_type]
-    more = [n for n in [*INITS, *OPTIMIZERS, *procedures()] if not known[n]["reference"]]
+        text += "\n" + table([f"its {what}", "here", "compared", "in"], rows)
+    theirs = {ours for there in VARIANTS.values() for ours in there.values()}
+    beyond = [e.name for e in methods if not e.hf_type and e.name not in theirs]
+    more = [name for name in functions() if name not in theirs]
     return text + f"\nBeyond it: {', '.join(beyond)}; {', '.join(more)}.\n"
+
+
+def _compared(there: list[dict[str, list[str]]]) -> list[str]:
+    """What is compared of all of these, in words, and links to the tests."""
+    words = set.intersection(*map(set, there)) if there else set()
+    tests = sorted({test for one in there for found in one.values() for test in found})
+    return [compared_in_words(words), ", ".join(f"[{test}](../tests/{test})" for test in tests)]
 
 
 def main() -> int:

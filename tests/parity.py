@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,25 @@ class Pair:
     conv1d: bool = False  # whether the reference has it on GPT-2's transposed layers
     gradients: bool = True  # whether the reference's gradients are the derivatives
     merges: bool = True
+    switched: str = ""  # what of the method is on, if that is what is compared: "lora_bias"
+
+
+def beside(arguments, cases: Iterable, pairs: dict[str, Pair]) -> Callable:
+    """`pytest.mark.parametrize` for tests that say what they compare: each case is marked with its pair's method."""
+
+    def test(*what: str):
+        marked = []
+        for case in cases:
+            values = case if isinstance(case, tuple) else (case,)
+            (pair,) = [v if isinstance(v, Pair) else pairs[v] for v in values if isinstance(v, Pair) or v in pairs]
+            claim = f"{pair.ours}, {pair.switched}" if pair.switched else pair.ours
+            here = [word for word in what if word != "gradients" or pair.gradients]
+            name = next(name for name in pairs if pairs[name] is pair)
+            marked.append(pytest.param(*values, marks=pytest.mark.reference(claim, *here),
+                                       id="-".join(name if v is pair else str(v) for v in values)))  # fmt: skip
+        return pytest.mark.parametrize(arguments, marked)
+
+    return test
 
 
 def logits(model, family):
