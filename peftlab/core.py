@@ -31,8 +31,12 @@ class Adapter(nn.Module):
     hf_params: dict[str, str] = {}  # parameter -> its name in adapter_model.safetensors
     hf_flags: dict[str, Any] = {}  # what else its adapter_config.json says: tells methods of one peft_type apart
     hf_ignored: frozenset[str] = frozenset()  # HF PEFT's settings that change nothing in a finished adapter
+    # hyper-parameter that may differ between layers -> the entry of adapter_config.json that says where
+    hf_patterns: dict[str, str] = {"r": "rank_pattern", "alpha": "alpha_pattern"}
+    on_others = False  # whether it works on other adapters of its layers, which its hyper-parameters name
     family = ""  # where the table of all methods puts it
     targets = "all-linear"  # where it sits if the user names no targets: see `attach.find_targets`
+    loose = False  # whether a target may be a parameter that no layer owns: see `sites.loose`
     adds = True  # whether it is written as `delta`, an added term; set by itself
     mixes = True  # whether the rows of a batch can have different adapters of this method
     replaces = False  # True: it takes the layer's place and never calls f, so nothing can stand inside of it

@@ -9,13 +9,15 @@ the caller chose (`pl.using`).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .runtime import mode
+from .texts import check_decoder_only, context_of, filler, tokens_of
 
 Z95 = 1.959963984540054  # the 97.5 % point of the standard normal distribution
 BOOTSTRAP = 1000  # resamples; the ends of a 95 % interval then move by about a tenth of its width
@@ -102,9 +104,9 @@ def generate(
         raise ValueError("nothing to generate: the list of prompts is empty")
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size start at 1; got {max_new_tokens} and {batch_size}")
-    _decoder_only(model)
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    context = _context(model)
+    check_decoder_only(model)
+    encoded = [tokens_of(tokenizer, prompt) for prompt in prompts]
+    context = context_of(model)
     for i, ids in enumerate(encoded):
         if not ids:
             raise ValueError(f"prompt {i} is empty: {prompts[i]!r}")
@@ -113,10 +115,10 @@ def generate(
                 f"prompt {i} has {len(ids)} tokens; with max_new_tokens={max_new_tokens} that is more than the "
                 f"model's context of {context}: shorten the prompt or lower max_new_tokens"
             )
-    device, pad = next(model.parameters()).device, _pad(tokenizer)
+    device, pad = next(model.parameters()).device, filler(tokenizer)
     ends = _line_ends(tokenizer)
     answers = []
-    with _evaluating(model):
+    with mode(model, training=False):
         for start in range(0, len(encoded), batch_size):
             batch = encoded[start : start + batch_size]
             longest = max(map(len, batch))
@@ -151,7 +153,7 @@ def accuracy(
         expected = row["completion"].strip()
         if "\n" in expected:
             raise ValueError(f"row {i}: an answer ends at the first newline, but the completion has several lines")
-        if (length := len(_encode(tokenizer, row["completion"].rstrip(), special=False))) > max_new_tokens:
+        if (length := len(tokens_of(tokenizer, row["completion"].rstrip(), special=False))) > max_new_tokens:
             raise ValueError(f"row {i}: its completion has {length} tokens, more than max_new_tokens={max_new_tokens}")
     answers = generate(model, tokenizer, [row["prompt"] for row in rows], max_new_tokens, batch_size)
     predictions = []
@@ -201,18 +203,18 @@ def token_loss(
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
         raise ValueError("nothing to measure: the list of texts is empty")
-    if not 1 <= window <= _context(model):
-        raise ValueError(f"window={window} must be at least 1 and at most the model's context of {_context(model)}")
-    _decoder_only(model)
+    if not 1 <= window <= context_of(model):
+        raise ValueError(f"window={window} must be at least 1 and at most the model's context of {context_of(model)}")
+    check_decoder_only(model)
     pieces: list[tuple[int, list[int]]] = []  # (which text, at most window + 1 tokens)
     for i, text in enumerate(texts):
-        ids = _encode(tokenizer, text)
+        ids = tokens_of(tokenizer, text)
         if len(ids) < 2:
             raise ValueError(f"text {i} has {len(ids)} token(s); a loss needs at least two: {text!r}")
         pieces += [(i, ids[a : a + window + 1]) for a in range(0, len(ids) - 1, window)]
-    device, pad = next(model.parameters()).device, _pad(tokenizer)
+    device, pad = next(model.parameters()).device, filler(tokenizer)
     sums, counts = torch.zeros(len(texts), dtype=torch.float64), torch.zeros(len(texts), dtype=torch.float64)
-    with _evaluating(model):
+    with mode(model, training=False):
         for start in range(0, len(pieces), batch_size):
             batch = pieces[start : start + batch_size]
             longest = max(len(ids) for _, ids in batch) - 1
@@ -243,18 +245,6 @@ def _bootstrap(sums: torch.Tensor, counts: torch.Tensor, seed: int) -> tuple[flo
     return low, high
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module's own flag as it was, also where they differed."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _same(row: Mapping, got: str) -> bool:
     return got == row["completion"].strip()
 
@@ -275,27 +265,8 @@ def _rows(rows: Iterable[Mapping], *columns: str) -> list[dict]:
     return found
 
 
-def _encode(tokenizer, text: str, special: bool = True) -> list[int]:
-    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-
-
-def _pad(tokenizer) -> int:
-    """A filler for masked places; the attention mask hides it, so any id does where there is no padding token."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
 def _line_ends(tokenizer) -> list[int]:
     """Ids at which an answer is over: end of text, and every token of the vocabulary with a newline in it."""
     ids = range(len(tokenizer))
     ends = [i for i, piece in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True) if "\n" in piece]
     return ends if tokenizer.eos_token_id is None else sorted({*ends, tokenizer.eos_token_id})
-
-
-def _context(model: nn.Module) -> float:
-    config = model.config
-    return next((n for k in ("max_position_embeddings", "n_positions") if (n := getattr(config, k, None))), math.inf)
-
-
-def _decoder_only(model: nn.Module) -> None:
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder–decoder; this measures decoder-only language models")

@@ -9,48 +9,50 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attach import adapters, attach_plan, defaults_of, detach, find_targets, hosts, patterned, switch_of
+from .attach import adapters, attach_plan, defaults_of, detach, find_targets, fitted, hosts, switch_of
 from .core import METHODS, Adapted, Adapter
-from .formats import LAYOUTS, PREFIX, Plan
+from .formats import LAYOUTS, PREFIX, Plan, parameters
 from .layers import is_linear, is_quantised, weight_of
 from .paths import atomic_files
+from .replicate import replicated_as_saved, replication
 from .sites import at, bare, sites
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-COPY = "ModuleCopy"
-# ours -> HF PEFT's; other settings are one per adapter. k: of FishMask, which HF PEFT has not
-PATTERNS = {"r": "rank_pattern", "alpha": "alpha_pattern", "k": "k_pattern"}
+COPY, PARAMETERS = "ModuleCopy", "ParameterLoRA"
 # settings that change nothing in what a finished adapter computes, or that the weights' own names say already
 IGNORED = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern",
     "layers_to_transform", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "target_modules", "task_type", "megatron_core", "ensure_weight_tying", "eva_config",
+    "layer_replication", "runtime_config", "target_modules", "task_type", "megatron_core", "ensure_weight_tying",
+    "eva_config",
 }  # fmt: skip
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")  # initialisations that alter the base too
 
 
-def _task(model: nn.Module) -> str | None:
+def task_type(model: nn.Module) -> str | None:
+    """HF PEFT's name of what a model is for, by the end of its class's name."""
     endings = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
                "ForConditionalGeneration": "SEQ_2_SEQ_LM", "ForTokenClassification": "TOKEN_CLS",
                "ForQuestionAnswering": "QUESTION_ANS"}  # fmt: skip
     return next((task for end, task in endings.items() if type(model).__name__.endswith(end)), None)
 
 
-def _base_name(model: nn.Module) -> str | None:
+def base_name(model: nn.Module) -> str | None:
     """The base's Hub id. A folder of this machine would mean nothing elsewhere, so it is not written into a file."""
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     return None if not name or Path(name).exists() else name
 
 
-def _shortest(model: nn.Module, paths: list[str]) -> list[str]:
+def endings_of(model: nn.Module, paths: list[str]) -> list[str]:
     """Path endings that name exactly these modules: the last words if they suffice, else the whole paths."""
     endings = sorted({p.rsplit(".", 1)[-1] for p in paths})
     return endings if set(find_targets(model, endings)) == set(paths) else sorted(paths)
@@ -114,38 +116,44 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, name: str = "defau
     found = there[name]
     copies = {p: a for p, a in found.items() if type(a).__name__ == COPY}
     main = {p: a.saved() for p, a in found.items() if p not in copies and type(a).part_of is None}
-    kinds = {type(a) for a in main.values()}
+    loose = {p: a for p, a in found.items() if type(a).__name__ == PARAMETERS}
+    ones = {f"{p}.{n}": one for p, a in loose.items() for n, one in a.each.items()}
+    kinds = {type(a) for a in main.values()} | {METHODS[a.part_of] for a in loose.values() if a.part_of}
     if len(kinds) > 1:
         raise ValueError(f"adapter {name!r} mixes {', '.join(k.__name__ for k in kinds)}: HF PEFT's format holds one "
                          "method a folder; attach them under two names")  # fmt: skip
-    if not main and not copies:
+    if not main and not copies and not loose:
         what = ", ".join(sorted({type(a).__name__ for a in found.values()}))
         raise ValueError(f"{name!r} is {what}, which trains nothing: there is nothing to save; attach it anew")
-    method, task = kinds.pop() if kinds else METHODS[COPY], _task(model)
+    method, task = kinds.pop() if kinds else METHODS[COPY], task_type(model)
     settings: dict[str, Any]
     if method.hf_type in LAYOUTS:
         tensors, settings = LAYOUTS[method.hf_type].to_hf(model, main)
     else:
         named = method.hf_params
         tensors = {f"{PREFIX}{p}.{named.get(n, n)}": t for p, a in main.items() for n, t in a.state_dict().items()}
-        settings = {"target_modules": _shortest(model, list(main)) if main else [], "modules_to_save": None,
-                    **_settings(method, main)}  # fmt: skip
+        settings = {"target_modules": endings_of(model, list(main)) if main else [], "modules_to_save": None,
+                    **settings_of(method, main | ones)}  # fmt: skip
+    if loose:
+        more, settings["target_parameters"] = parameters.to_hf(model, loose)
+        tensors |= more
     for path, adapter in copies.items():
         tensors |= {f"{_root(tensors)}{path}.{n}": t for n, t in adapter.module.state_dict().items()}
     if copies:
-        settings["modules_to_save"] = _shortest(model, list(copies))
+        settings["modules_to_save"] = endings_of(model, list(copies))
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} of adapter {name!r} holds NaN or inf; nothing was written")
     config: dict[str, Any] = {
         "peft_type": method.hf_type or method.__name__.upper(),
         "task_type": task if copies or task not in HEADED else None,  # there HF PEFT insists on a saved head
-        "base_model_name_or_path": _base_name(model),
+        "base_model_name_or_path": base_name(model),
         "inference_mode": True,
+        **({"layer_replication": ranges} if (ranges := replication(model)) else {}),
         **settings,
     }
     data = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    metadata = {"format": "pt", **_fingerprint(model, list(main) or list(copies))}
+    metadata = {"format": "pt", **_fingerprint(model, list(main) or list(loose) or list(copies))}
     folder = Path(folder)
     atomic_files({folder / WEIGHTS: save(data, metadata), folder / CONFIG: json.dumps(config, indent=2) + "\n"})
     return folder
@@ -161,7 +169,12 @@ def hyper_names(method: type[Adapter]) -> dict[str, str]:
     return method.hf_hyper if method.hf_type else {name: name for name in defaults_of(method)}
 
 
-def _settings(method: type[Adapter], main: Mapping[str, Adapter]) -> dict[str, Any]:
+def patterns_of(method: type[Adapter]) -> dict[str, str]:
+    """Our hyper-parameter -> the entry of adapter_config.json that holds it layer by layer; others are one a file."""
+    return {ours: theirs for ours, theirs in method.hf_patterns.items() if ours in hyper_names(method)}
+
+
+def settings_of(method: type[Adapter], main: Mapping[str, Adapter]) -> dict[str, Any]:
     """Hyper-parameters as HF PEFT spells them; layers that differ from the most common value go into its patterns."""
     settings: dict[str, Any] = dict(method.hf_flags)
     if any(type(site).__name__ == "Conv1D" for site in (a.layer for a in main.values())):
@@ -177,10 +190,10 @@ def _settings(method: type[Adapter], main: Mapping[str, Adapter]) -> dict[str, A
         else:
             settings[theirs] = common
         rest = {path: value for path, value in values.items() if value != common}
-        if rest and ours not in PATTERNS:
+        if rest and ours not in patterns_of(method):
             raise ValueError(f"{ours} differs between layers, which HF PEFT's format cannot express")
         if rest:
-            settings[PATTERNS[ours]] = rest
+            settings[patterns_of(method)[ours]] = rest
     return settings
 
 
@@ -200,7 +213,7 @@ def _given(config: Mapping[str, Any], method: type[Adapter]) -> dict[str, Any]:
     return given
 
 
-def _read(folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
+def read_folder(folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
     """(config, tensors, metadata) of an adapter folder, or an error that says what is wrong with which file."""
     from safetensors import SafetensorError, safe_open
 
@@ -228,11 +241,13 @@ def _read(folder: Path) -> tuple[dict, dict[str, Tensor], dict[str, str]]:
     return config, tensors, metadata
 
 
-def _method(config: dict, folder: Path) -> type[Adapter]:
+def method_of(config: dict, folder: Path) -> type[Adapter]:
     """The method a config asks for; settings that would change its meaning and that we do not know are refused."""
     from . import methods  # noqa: F401  fills METHODS
 
     kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"{folder / CONFIG}: peft_type={kind!r} names no method; save or download the adapter again")
     named = [m for n, m in METHODS.items() if kind in (m.hf_type, n.upper())]
     fitting = [m for m in named if all(config.get(key) == value for key, value in m.hf_flags.items())]
     found = max(fitting, key=lambda m: len(m.hf_flags), default=None)
@@ -241,7 +256,7 @@ def _method(config: dict, folder: Path) -> type[Adapter]:
         raise ValueError(f"{folder / CONFIG}: peft_type {kind!r} is not implemented here; there are {', '.join(known)}")
     layout = LAYOUTS.get(found.hf_type or "")
     named_in = {theirs.partition(".")[0] for theirs in hyper_names(found).values()}
-    understood = {*IGNORED, *named_in, *PATTERNS.values(), *(layout.known if layout else ()),
+    understood = {*IGNORED, *named_in, *patterns_of(found).values(), *(layout.known if layout else ()),
                   *found.hf_flags, *found.hf_ignored}  # fmt: skip
     for key, value in config.items():
         init = key.startswith("init_")
@@ -255,10 +270,27 @@ def _method(config: dict, folder: Path) -> type[Adapter]:
     return found
 
 
+@contextmanager
+def _reading(folder: Path, method: type[Adapter], model: nn.Module) -> Iterator[None]:
+    """Whatever reading a foreign file trips over, a number of the wrong kind or a tensor of the wrong form, is a
+    ValueError that names the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if str(folder) in str(error) else ValueError(f"{folder}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder} cannot be read as {method.__name__} for this {type(model).__name__}: {error!r}"
+                         ) from error  # fmt: skip
+
+
 def _plan(model: nn.Module, config: dict, tensors: dict[str, Tensor], method: type[Adapter], folder: Path):
     """({path: (method, hyper)}, {path: {our parameter: tensor}}) of a file, checked against the model's modules."""
     there = sites(model)
     saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(s, str) for s in saved):
+        raise ValueError(f"{folder / CONFIG}: modules_to_save={saved!r} is no list of ends of paths")
+    if not tensors:
+        raise ValueError(f"{folder / WEIGHTS} holds no tensors: nothing was saved in it; save or download it again")
     weights: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, dict[str, Tensor]] = {}
     for key, tensor in list(tensors.items()):
@@ -274,20 +306,24 @@ def _plan(model: nn.Module, config: dict, tensors: dict[str, Tensor], method: ty
             raise ValueError(f"{folder} cannot be read as {method.hf_type} for this {type(model).__name__}: {error}"
                              ) from None  # fmt: skip
     else:
+        try:
+            loose, others = parameters.from_hf(model, config.get("target_parameters") or [], tensors)
+        except ValueError as error:
+            raise ValueError(f"{folder / WEIGHTS} does not fit: {error}") from None
         for key, tensor in tensors.items():
             path, parameter = _place(key.removeprefix(PREFIX), method, there)
             if path not in there:
                 raise ValueError(f"{folder / WEIGHTS} holds {key!r}, for which {type(model).__name__} has no module: "
                                  "this is an adapter of another model")  # fmt: skip
             weights.setdefault(path, {})[parameter] = tensor
-        by_layer = {ours: config.get(theirs) for ours, theirs in PATTERNS.items()}
-        given, paths = _given(config, method), [path for path in there if path in weights]
+        by_layer = {ours: config.get(theirs) for ours, theirs in patterns_of(method).items()}
+        given, paths = _given(config, method), [*(path for path in there if path in weights), *loose]
         try:  # one that works on others, which may be read later or be in training, sits where the file says
-            planned = {path: (method, given) for path in paths} if "of" in given else method.plan(model, paths, given)
+            planned = dict.fromkeys(paths, (method, given)) if method.on_others else method.plan(model, paths, given)
         except ValueError as error:
             raise ValueError(f"{folder} cannot be read as {method.__name__} for this {type(model).__name__}: {error}"
                              ) from None  # fmt: skip
-        plan = {p: (kind, patterned(p, own, by_layer) if kind is method else own) for p, (kind, own) in planned.items()}
+        plan, weights = fitted(planned, method, by_layer), weights | others
     return plan | {path: (METHODS[COPY], {}) for path in copies}, weights | copies
 
 
@@ -320,18 +356,27 @@ def load_adapter(
     file, other model, other base, unknown variant) with the model as it was before. Returns the model.
     """
     folder = Path(folder)
-    config, tensors, metadata = _read(folder)
-    method = _method(config, folder)
-    plan, weights = _plan(model, config, tensors, method, folder)
-    if check_base:
-        _check_base(model, metadata, folder)
+    config, tensors, metadata = read_folder(folder)
+    with replicated_as_saved(model, config.get("layer_replication")):
+        return _load(model, folder, name, check_base, config, tensors, metadata)
+
+
+def _load(model: nn.Module, folder: Path, name: str, check_base: bool, config: dict, tensors: dict[str, Tensor],
+          metadata: dict[str, str]) -> nn.Module:  # fmt: skip
+    method = method_of(config, folder)
+    with _reading(folder, method, model):
+        plan, weights = _plan(model, config, tensors, method, folder)
+    with _reading(folder, method, model):
+        if check_base:
+            _check_base(model, metadata, folder)
     swap = name in adapters(model)
     before = (switch_of(model).active, switch_of(model).rows) if hosts(model) else None
     trainable = None if hosts(model) else [p for p in model.parameters() if p.requires_grad]
     if swap:
         _check_swap(adapters(model)[name], plan, folder, name)
     else:
-        attach_plan(model, name, plan)
+        with _reading(folder, method, model):
+            attach_plan(model, name, plan)
     try:
         _fill(adapters(model)[name], weights, folder, name)
     except BaseException:
@@ -375,6 +420,8 @@ def _fill(into: dict[str, Adapter], weights: dict[str, dict[str, Tensor]], folde
         if odd:
             raise ValueError(f"{folder / WEIGHTS} and the model disagree on {path!r}: only one has {sorted(odd)[0]!r}")
         for key, tensor in weights[path].items():
+            if want[key].is_floating_point() and not tensor.is_floating_point():
+                raise ValueError(f"{folder / WEIGHTS}: {path}.{key} holds {tensor.dtype}, where fractions are needed")
             if want[key].shape != tensor.shape:
                 raise ValueError(f"{folder / WEIGHTS}: {path}.{key} is {tuple(tensor.shape)}, this model needs "
                                  f"{tuple(want[key].shape)}: an adapter of another model or rank")  # fmt: skip

@@ -25,12 +25,12 @@ from typing import Annotated, Any
 
 from torch import nn
 
-from .attach import _did_you_mean
+from .attach import did_you_mean
 from .engine import Engine, Full, Job, Stopping
-from .evaluate import _context, _encode
 from .serve import Request as Row
 from .serve import Token
 from .store import BASE, Store
+from .texts import context_of, tokens_of
 
 try:
     import uvicorn
@@ -140,7 +140,7 @@ def _invalid(error: ValidationError) -> Wrong:
                      "and not empty", param)  # fmt: skip
     if first["type"] == "extra_forbidden":
         there = ", ".join(Asked.model_fields)
-        meant = _did_you_mean(str(param), Asked.model_fields)
+        meant = did_you_mean(str(param), Asked.model_fields)
         return Wrong(400, f"there is no parameter {param!r} here{meant} There are {there}", param, "unknown_parameter")
     return Wrong(400, f"{param}: {first['msg']}" if param else f"the body is no JSON object: {first['msg']}", param)
 
@@ -192,7 +192,7 @@ class Api:
     def __init__(self, engine: Engine, base: str, max_tokens: int | None, max_body: int):
         self.engine, self.base, self.max_tokens, self.max_body = engine, base, max_tokens, max_body
         self.tokenizer = copy.deepcopy(engine.tokenizer)  # fast tokenizers are not for two threads at once
-        self.context = _context(engine.model)
+        self.context = context_of(engine.model)
         self.started = int(time.time())
 
     # models
@@ -205,7 +205,7 @@ class Api:
         if name not in there:
             known = [self.base, *there]
             shown = ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
-            raise Wrong(404, f"there is no model {name!r}{_did_you_mean(name, known)} Models: {shown}", "model",
+            raise Wrong(404, f"there is no model {name!r}{did_you_mean(name, known)} Models: {shown}", "model",
                         "model_not_found")  # fmt: skip
         return name
 
@@ -264,7 +264,7 @@ class Api:
         given: list[Any] = a.prompt if isinstance(a.prompt, list) and not isinstance(a.prompt[0], int) else [a.prompt]
         rows, texts = [], []
         for prompt in given:
-            ids = _encode(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
+            ids = tokens_of(self.tokenizer, prompt) if isinstance(prompt, str) else prompt
             self.check_prompt(ids, length)
             for i in range(a.n or 1):
                 rows.append(Row(

@@ -30,7 +30,7 @@ from torch import nn
 
 from .archives import CHUNK, LIMIT, pack, unpack
 from .cache import Cache
-from .files import CONFIG, PATTERNS, WEIGHTS, _method, _read, hyper_names, save_adapter
+from .files import CONFIG, WEIGHTS, hyper_names, method_of, patterns_of, read_folder, save_adapter
 from .paths import atomic_folder, atomic_write
 
 INDEX, LOCK, REMOVED, FORMAT = "index.json", ".lock", ".removed", 1
@@ -72,11 +72,11 @@ def check_name(name: str) -> None:
 
 def describe(name: str, folder: Path, version: int = 1) -> Entry:
     """What an adapter's folder holds; FileNotFoundError or ValueError says what is missing, damaged or unknown."""
-    config, tensors, metadata = _read(folder)
-    method = _method(config, folder)
+    config, tensors, metadata = read_folder(folder)
+    method = method_of(config, folder)
     hyper = {ours: config[theirs] for ours, theirs in hyper_names(method).items() if theirs in config}
     shapes = sorted((key, list(tensor.shape)) for key, tensor in tensors.items())
-    by_layer = {key: config.get(key) for key in PATTERNS.values()}
+    by_layer = {key: config.get(key) for key in patterns_of(method).values()}
     weights = folder / WEIGHTS
     with open(weights, "rb") as f:
         digest = _sha256(f)
@@ -226,7 +226,7 @@ class Store:
             save_adapter(source, new, name)
         elif Path(source).is_dir():
             if not all((Path(source) / file).is_file() for file in (CONFIG, WEIGHTS)):
-                _read(Path(source))  # says what is missing, and of files that hold pickle what to do
+                read_folder(Path(source))  # says what is missing, and of files that hold pickle what to do
             for file in (CONFIG, WEIGHTS):
                 shutil.copyfile(Path(source) / file, new / file)
         else:
