@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOME = {  # name -> module that defines it
     "core": ["Adapted", "Adapter"],
+    "adapter_drop": ["adapter_drop"],
     "attach": ["activate", "adapters", "attach", "detach", "find_targets", "freeze", "hosts", "layer_shapes", "using"],
     "baselines": ["full_finetuning", "last_layers"],
     "count": ["count"],
@@ -23,6 +24,7 @@ _HOME = {  # name -> module that defines it
     "lowrank": ["extract", "to_lora"],
     "merge": ["combine", "merge", "unmerge"],
     "methods.arrow": ["Arrow"],
+    "replicate": ["replicate_layers", "untie_layers"],
     "nf4_files": ["save_quantized"],
     "nf4_layer": ["NF4Linear", "quantize"],
     "nf4_loading": ["load_quantized"],

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ FAMILIES = (
     "selective and sparse", "scaling", "bottleneck", "soft prompt", "representation", "mixture", "side network",
 )  # fmt: skip
 INITIALISATION, OPTIMIZER, PROCEDURE = "initialisation", "optimizer", "procedure"  # the families of what is no adapter
+COMPARED = {  # what tests compare of a method with HF PEFT's, and how it is said
+    "outputs": "outputs", "writes": "it reads our file", "reads": "we read its file", "gradients": "gradients",
+}  # fmt: skip
+FORMULA = re.compile(r" [=←~] | becomes ")
+NEW = re.compile(r"(and|as|behind|each|for|from|i = 1|of|over|so|where|with)\b")
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -74,14 +79,32 @@ def classes() -> dict[str, type[Adapter]]:
 def procedures() -> dict[str, Callable]:
     """What is no method, start or optimizer: unions of methods, choices of targets and masks, searches, penalties."""
     from . import inits, optim, unions
+    from .adapter_drop import adapter_drop
     from .intruders import reduce_intruders
     from .lorahub import lorahub
+    from .replicate import replicate_layers
 
     return {
         "MAM": unions.mam, "UniPELT": unions.unipelt, "FISH mask": inits.fish, "LT-SFT": inits.lottery,
         "KappaTune": inits.kappatune, "O-LoRA": optim.OLoRA, "intruder reduction": reduce_intruders,
-        "LoraHub": lorahub,
+        "LoraHub": lorahub, "layer replication": replicate_layers, "AdapterDrop": adapter_drop,
     }  # fmt: skip
+
+
+def reference_mark(can: dict[str, Any]) -> str:
+    """R: compared with HF PEFT, a method in files both ways, outputs and gradients; r: in part; nothing: not at all."""
+    words = set(can.get("reference", ()))
+    whole = {"writes", "reads", "gradients"} <= words if words & set(COMPARED) else True
+    return ("R" if whole else "r") if words else ""
+
+
+def compared_in_words(words: Iterable[str]) -> str:
+    """What tests compare of it with HF PEFT, as it is said."""
+    there = set(words)
+    said = [COMPARED[word] for word in COMPARED if word in there]
+    if {"reads", "writes"} <= there:
+        said = ["files both ways", "outputs", *(["gradients"] if "gradients" in there else [])]
+    return ", ".join([*said, *(f"with `{word}`" for word in sorted(there) if word.startswith("peft."))])
 
 
 def entry(name: str) -> Entry:
@@ -104,13 +127,15 @@ def _method(method: type[Adapter], can: dict) -> Entry:
 
 
 def _read(name: str, thing: Any, family: str, count: str, hf_type: str | None, can: dict) -> Entry:
-    what, *paragraphs = (" ".join(p.split()) for p in (inspect.getdoc(thing) or "").split("\n\n"))
-    what = what.partition(". ")[0].rstrip(".")
-    what = what.partition(": ")[2] or what
+    first, *paragraphs = (inspect.getdoc(thing) or "").split("\n\n")
+    what = " ".join(first.split()).partition(". ")[0].rstrip(".")
+    before, _, rest = what.partition(": ")
+    if rest and (family in FAMILIES or before.lower().startswith(name.lower())):
+        what = rest  # without the name
     equation = next((e for p in paragraphs if (e := _equation(p.partition("Source: ")[0]))), "")
-    source = next((p.partition("Source: ")[2] for p in paragraphs if "Source: " in p), "")
+    source = next((" ".join(p.split("Source: ")[1].split()) for p in paragraphs if "Source: " in p), "")
     year, paper = re.search(r"\b(19|20)\d\d\b", source), PAPER.search(source)
-    file = Path(inspect.getsourcefile(thing) or "")
+    file = Path(inspect.getsourcefile(inspect.unwrap(thing)) or "")
     return Entry(
         name, family, what, equation, count, source,
         int(year[0]) if year else None, paper[1] if paper else None, file.relative_to(HERE).as_posix(),
@@ -118,22 +143,44 @@ def _read(name: str, thing: Any, family: str, count: str, hf_type: str | None, c
     )  # fmt: skip
 
 
-def _equation(paragraph: str, longest: int = 96) -> str:
-    """The first clause with an = in it, cut at a comma if it is long; of assignments (←), as many as have room."""
-    clauses = _cut(paragraph, (". ", ": ", "; "))
-    found = next((c for c in clauses if re.search(r" [=←] | becomes ", c)), "")
-    joint, parts = ("; ", clauses) if "←" in found else (", ", _cut(found, (", ",)))
-    while len(joint.join(parts)) > longest and len(parts) > 1:
+def _equation(paragraph: str, longest: int = 190) -> str:
+    """The first sentence with an = in it, from the clause that has it; a long one is cut where a clause ends.
+
+    Formulas that stand apart, by two spaces or on lines of their own, are clauses.
+    """
+    text = re.sub(r"\n {4,}(?=\S+(?: \([^)]*\))? [=←] )", "  ", paragraph.strip())
+    text = re.sub(r"[,;]? {2,}(?=(?:over|where|with)\b)", ", ", re.sub(r": {2,}", ": ", text))
+    text = re.sub(r"[,;.]? {2,}", "; ", re.sub(r"\n *", " ", text))
+    clauses: list[str] = []
+    for sentence in _cut(text, (". ",)):
+        clauses = _cut(sentence, ("; ", ": "))
+        while clauses and not FORMULA.search(clauses[0]):
+            clauses.pop(0)
+        if clauses:
+            break
+    parts = [part for clause in clauses for part in _parts(clause)]
+    while sum(map(len, parts)) > longest and len(parts) > 1:
         parts.pop()
-    return joint.join(parts)
+    return "".join(parts).rstrip(" ,;:.")
+
+
+def _parts(clause: str) -> list[str]:
+    """Where a clause can be cut: before " with", or before a comma behind which something new begins."""
+    found: list[str] = []
+    for piece in _cut(clause, (", ",)):
+        if found and not (FORMULA.search(piece) or NEW.match(piece)):
+            found[-1] += piece
+        else:
+            found.append(piece)
+    return [part for piece in found for part in re.split(r"(?<= )(?=(?:with|where) )", piece)]
 
 
 def _cut(text: str, ends: tuple[str, ...]) -> list[str]:
-    """A text in pieces, but whole inside of brackets: f([P; E(x)]) is one piece."""
+    """A text in pieces with their ends, but whole inside of brackets: f([P; E(x)]) is one piece."""
     found, depth, start = [], 0, 0
     for at, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
         if depth <= 0 and text[at : at + 2] in ends:
-            found.append(text[start:at])
+            found.append(text[start : at + 2])
             start = at + 2
-    return [*found, text[start:].strip().rstrip(".")]
+    return [*found, text[start:]]

@@ -106,6 +106,10 @@ def unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest
         entries[key] = value
     groups = [now | then for now, then in zip(optimizer.state_dict()["param_groups"], rest["groups"], strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for p, entries in optimizer.state.items():  # a file has rows one by one; fused kernels go by p's layout in memory
+        for key, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                entries[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def identity(model: nn.Module) -> dict:

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attach import Sharing, _did_you_mean, adapters, check_attached, hosts, switch_of
+from .attach import Sharing, adapters, check_attached, did_you_mean, hosts, switch_of
 from .core import Adapted
-from .files import _base_name, _read, save_adapter
+from .files import base_name, read_folder, save_adapter
 from .gguf import KINDS, Factors, check_path, write_lora, write_model
 from .layers import dense, dtype_of, is_quantised
 from .lowrank import product_of
 from .model_card import MARK, About, card
 from .paths import atomic_folder, atomic_write
 from .provenance import provenance
+from .replicate import check_untied
 from .sites import put
 
 __all__ = ["KINDS", "TARGETS", "About", "check", "lora_to_gguf", "merged_copy", "modelfile", "to_gguf", "to_ollama",
@@ -107,6 +108,7 @@ def merged_copy(model: nn.Module, name: Names = None, dtype: torch.dtype | None 
     Raises ValueError, with the reason, for adapters that no weight can stand for; `model` is never changed.
     """
     names, there, sharing = _names(model, name), hosts(model), Sharing(model)
+    check_untied(model)
     for path, host in there.items():  # what can be seen at once, outer layers first
         with _saying(host, names, path):
             host.check_merge(names)
@@ -148,8 +150,10 @@ def _saying(host: Adapted, names: Sequence[str], path: str) -> Iterator[None]:
         yield
     except ValueError as error:
         here = ", ".join(repr(name) for name in names if name in host.adapters)
-        raise ValueError(f"{here} cannot be folded into {path!r}: {error}. Hand it over as an adapter: "
-                         "to_peft(model, folder, name)") from None  # fmt: skip
+        ours = next((type(a).__name__ for n, a in host.adapters.items() if n in names and a.hf_type is None), None)
+        cure = (f"No other tool has {ours}: it stays peftlab's, save_adapter(model, folder, name)" if ours else
+                "Hand it over as an adapter: to_peft(model, folder, name)")  # fmt: skip
+        raise ValueError(f"{here} cannot be folded into {path!r}: {error}. {cure}") from None
 
 
 def _cast(plain: nn.Module, dtype: torch.dtype) -> None:
@@ -247,11 +251,11 @@ def to_gguf(
     """
     path, about, names = check_path(path), about or About(), _names(model, name)
     _check_card(path.with_suffix(".md"))
-    title = about.title or " + ".join([(_base_name(model) or "peftlab base").rpartition("/")[2], *names])
+    title = about.title or " + ".join([(base_name(model) or "peftlab base").rpartition("/")[2], *names])
     folded = f" with {' + '.join(names)} folded in" if names else ""
     note = f"The weights are those of the base{folded}, stored as {quantize}."
     text = card(model, names, "gguf", path.name, about, note)
-    write_model(merged_copy(model, names), tokenizer, path, quantize, title=title, base=_base_name(model),
+    write_model(merged_copy(model, names), tokenizer, path, quantize, title=title, base=base_name(model),
                 license=about.license)  # fmt: skip
     atomic_write(path.with_suffix(".md"), text)
     return path
@@ -268,8 +272,9 @@ def factors_of(model: nn.Module, name: str) -> dict[str, Factors]:
         factors = product_of(adapter)
         if factors is None:
             raise ValueError(f"{name!r} is {type(adapter).__name__} at {path!r}, and a GGUF adapter holds low-rank "
-                             f"products only. to_lora(model, {name!r}, r=16, into='{name}_lora') approximates it on "
-                             "linear layers; to_gguf(model, tokenizer, path) merges it, which is exact")  # fmt: skip
+                             f"products only. If it merges, to_lora(model, {name!r}, r=16, into='{name}_lora') "
+                             "approximates it on linear layers, and to_gguf(model, tokenizer, path) merges it, which "
+                             "is exact")  # fmt: skip
         found[path] = Factors(*factors)
     return found
 
@@ -291,7 +296,7 @@ def lora_to_gguf(
             raise ValueError(f"{place!r} shares its weight with another module, and llama.cpp keeps one tensor for "
                              "both: train without it, or hand it over by to_peft(model, folder, name)")  # fmt: skip
     text = card(model, [name], "gguf-lora", path.name, about)
-    write_lora(model, factors, path, quantize, title=about.title or name, base=_base_name(model), license=about.license)
+    write_lora(model, factors, path, quantize, title=about.title or name, base=base_name(model), license=about.license)
     atomic_write(path.with_suffix(".md"), text)
     return path
 
@@ -364,8 +369,8 @@ def check(target: str, folder: str | os.PathLike) -> list[str]:
     Raises ValueError for an unknown target, FileNotFoundError or ValueError for a folder that holds no whole adapter.
     """
     if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}{_did_you_mean(target, TARGETS)} Known: {', '.join(TARGETS)}")
-    config, tensors, _ = _read(Path(folder))
+        raise ValueError(f"unknown target {target!r}{did_you_mean(target, TARGETS)} Known: {', '.join(TARGETS)}")
+    config, tensors, _ = read_folder(Path(folder))
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return CHECKS[target](config, shapes)
 
@@ -375,8 +380,8 @@ def _plain_lora(tool: str, config: dict, shapes: dict[str, tuple]) -> list[str]:
     found, kind = [], config.get("peft_type")
     merge = "merge it into the whole model: to_transformers or to_gguf"
     if kind != "LORA":
-        return [f"{tool} takes LoRA only, and this is {kind}: to_lora(model, name, r=16, into=…) approximates it, or "
-                f"{merge}"]  # fmt: skip
+        return [f"{tool} takes LoRA only, and this is {kind}. If it merges, to_lora(model, name, r=16, into=…) "
+                f"approximates it, or {merge}"]  # fmt: skip
     if config.get("use_dora"):
         found.append(f"{tool} has no DoRA (use_dora): {merge}, which is exact")
     if config.get("modules_to_save"):
@@ -384,6 +389,8 @@ def _plain_lora(tool: str, config: dict, shapes: dict[str, tuple]) -> list[str]:
                      "without them")  # fmt: skip
     if config.get("bias", "none") != "none":
         found.append(f"{tool} leaves trained biases out (bias={config['bias']!r}): {merge}")
+    if config.get("target_parameters"):
+        found.append(f"{tool} takes no LoRA on parameters, such as experts in one tensor (target_parameters): {merge}")
     if config.get("trainable_token_indices") or any("trainable_tokens" in key for key in shapes):
         found.append(f"{tool} takes no trained tokens (trainable_token_indices): {merge}")
     factor = re.compile(r".*\.lora_(embedding_)?[AB](\.weight)?")
@@ -440,7 +447,7 @@ def _peft(config: dict, shapes: dict[str, tuple]) -> list[str]:
 
     kind = config.get("peft_type")
     ours = next((m for n, m in METHODS.items() if m.hf_type is None and kind == n.upper()), None)
-    return [f"HF PEFT has no {ours.__name__}: load it with peftlab, or merge it: to_transformers"] if ours else []
+    return [f"HF PEFT has no {ours.__name__}: load it with peftlab, or, if it merges, to_transformers"] if ours else []
 
 
 def _transformers(config: dict, shapes: dict[str, tuple]) -> list[str]:

@@ -91,6 +91,11 @@ def device_of(layer: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
+def wide(t: Tensor) -> Tensor:
+    """`t` in float32 at least: torch has no FFT, QR or LU in 16 bits."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def dtype_of(layer: nn.Module) -> torch.dtype:
     """The dtype of a layer's weights; of packed ones, the dtype they had before."""
     own = getattr(layer, "dtype", None)

@@ -19,6 +19,7 @@ from .attach import activate, adapters, check_attached, detach
 from .lowrank import attach_products, product_of
 from .rows import collate, encode
 from .runtime import mode
+from .texts import pad_of
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,6 @@ def lorahub(model: nn.Module, rows: Any, tokenizer: Any = None, *, of: Sequence[
     """
     if isinstance(of, str) or len(of) < 2:
         raise ValueError(f"of={of!r}: name two or more attached LoRAs, such as of=('sql', 'reviews')")
-    from .train import _pad
-
     check_attached(model, of)
     factors: list[dict[str, tuple[Tensor, Tensor]]] = []
     for one in of:
@@ -81,7 +80,7 @@ def lorahub(model: nn.Module, rows: Any, tokenizer: Any = None, *, of: Sequence[
             raise ValueError(f"{one!r} and {of[0]!r} have other layers or ranks, so their factors cannot be summed")
     encoded = encode(model, rows, tokenizer, None)
     device = next(iter(factors[0].values()))[0].device
-    batch = collate(encoded, _pad(model, tokenizer), device)
+    batch = collate(encoded, pad_of(model, tokenizer), device)
     attach_products(model, name, factors[0])
 
     @torch.no_grad()

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from .attach import (
     Targets,
-    _check_name,
     _check_site,
     adapters,
     attach_plan,
     check_attached,
+    check_name,
     find_targets,
     hosts,
     merged_names,
@@ -272,7 +272,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _check_free(model: nn.Module, name: str) -> None:
     """ValueError if a computed adapter could not be attached under this name now."""
-    _check_name(model, name)
+    check_name(model, name)
     if merged := merged_names(model):
         raise ValueError(f"{', '.join(merged)} is merged into the weights; unmerge(model) first")
 

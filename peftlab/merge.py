@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .attach import Sharing, _check_name, _did_you_mean, adapters, check_attached, hosts, merged_names, switch_of
+from .attach import Sharing, adapters, check_attached, check_name, did_you_mean, hosts, merged_names, switch_of
 from .core import Adapter
 from .lowrank import attach_products, attach_values, product_of, shorten, truncate
 from .task_vectors import RULES, join
@@ -114,6 +114,8 @@ def combine(
     """
     _check_weights(model, weights, name)
     _check_way(how, len(weights), density, svd_rank, majority_sign_method)
+    if seed is not None and type(seed) is not int:
+        raise ValueError(f"seed={seed!r}: must be a whole number, or None")
     found = adapters(model)
     paths = [p for p in hosts(model) if any(p in found[n] for n in weights)]  # in model order, for DARE's draws
     _check_copies({n: found[n] for n in weights})
@@ -198,20 +200,21 @@ def _check_weights(model: nn.Module, weights: Mapping[str, float], name: str) ->
     for source, weight in weights.items():
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"the weight of {source!r} is {weight!r}, no finite number")
-    _check_name(model, name)
+    check_name(model, name)
     if merged := merged_names(model):
         raise ValueError(f"{', '.join(merged)} is merged into the weights; unmerge(model) first")
 
 
 def _check_way(how: str, n: int, density: float | None, svd_rank: int | None, majority: str) -> None:
     if how not in WAYS:
-        raise ValueError(f"how={how!r} is no way to combine{_did_you_mean(str(how), WAYS)} There are {', '.join(WAYS)}")
+        raise ValueError(f"how={how!r} is no way to combine{did_you_mean(str(how), WAYS)} There are {', '.join(WAYS)}")
     thins = how not in ("cat", "linear", "svd")
     if thins and density is None:
         raise ValueError(f"how={how!r} needs a density, the share of numbers to keep, such as density=0.5")
     if not thins and density is not None:
         raise ValueError(f"how={how!r} keeps all numbers, so density={density!r} would do nothing; leave it out")
-    if density is not None and not 0 < density <= 1:
+    number = isinstance(density, (int, float)) and not isinstance(density, bool)
+    if density is not None and not (number and 0 < density <= 1):
         raise ValueError(f"density={density!r} is not in 0 < density ≤ 1: 0.2 keeps a fifth of the numbers")
     if svd_rank is not None and not how.endswith("svd"):
         raise ValueError(f"svd_rank is for the ways that end in 'svd'; the rank of {how!r} follows from its sources")
@@ -233,9 +236,12 @@ def _check_copies(sources: Mapping[str, Mapping[str, Adapter]]) -> None:
 
 def _product(name: str, path: str, weight: float, adapter: Adapter) -> Product:
     """w·s·B·A of one adapter on one layer."""
+    if type(adapter).__name__ == "ParameterLoRA":
+        raise ValueError(f"{name!r} is on parameters of {type(adapter.layer).__name__} at {path!r}, and only adapters "
+                         "of layers can be combined")  # fmt: skip
     if (product := product_of(adapter)) is None:
-        raise ValueError(f"{name!r} is {type(adapter).__name__} on {path!r}, whose change is no product s·B·A; make a "
-                         f"LoRA of it first: to_lora(model, {name!r}, r=8, into='{name}_lora')")  # fmt: skip
+        raise ValueError(f"{name!r} is {type(adapter).__name__} on {path!r}, whose change is no product s·B·A; if it "
+                         f"merges, make a LoRA of it: to_lora(model, {name!r}, r=8, into='{name}_lora')")  # fmt: skip
     A, B, scaling = product
     return weight, A.float(), B.float(), scaling
 

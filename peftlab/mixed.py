@@ -32,6 +32,8 @@ class Rows:
     """
 
     def __init__(self, names: Sequence[str | None], watched: bool = True):
+        if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
+            raise TypeError(f"rows={names!r} must be a list: one adapter name, or None, for each row of the batch")
         self.names, self.watched = tuple(names), watched
         self.used = tuple(sorted({name for name in names if name is not None}))  # sorted: see `stacked`
         self.uniform = len(set(names)) == 1  # one adapter for all: nothing is mixed

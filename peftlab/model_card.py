@@ -15,7 +15,7 @@ from torch import nn
 from .attach import adapters
 from .base import EMBEDDED
 from .core import Adapter
-from .files import _base_name, _task
+from .files import base_name, task_type
 from .provenance import provenance
 
 MARK = "<!-- written by peftlab.export; an export of the same name replaces it -->"
@@ -62,7 +62,7 @@ def card(model: nn.Module, names: Sequence[str], kind: str, place: str, about: A
     names: the adapters that the export holds, or was merged from. kind: a key of `LOADING`. place: the name of the
     exported file or folder, without the way to it. note: a sentence on what was done to the weights.
     """
-    base, task = _base_name(model), _task(model) or ""
+    base, task = base_name(model), task_type(model) or ""
     found = {name: adapters(model)[name] for name in names}
     what = {"peft": "adapter", "peftlab": "adapter", "gguf-lora": "GGUF adapter"}.get(kind, "model")
     embedded = Path(getattr(model.config, "name_or_path", "") or ".") == EMBEDDED

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import Adapter
+from .layers import is_linear
 from .prompts import context
 from .sites import at, bare, group
 
@@ -19,6 +20,8 @@ def kv_shape(attention: nn.Module) -> tuple[int, int]:
     """(heads, width) of the keys and values that the attention caches; ValueError if a prefix has no place there."""
     kind = type(attention).__name__
     takes = inspect.signature(type(attention).forward).parameters
+    if not any(is_linear(bare(m)) for m in attention.children()):
+        raise ValueError(f"{kind} has no projections of its own, so it is no attention; leave targets out")
     if "past_key_values" not in takes and kind not in LAYER_PAST:
         raise ValueError(f"{kind} takes no past_key_values, which a prefix stands in for; if it is the model's "
                          "attention (see targets='all-attention'), take PromptTuning")  # fmt: skip

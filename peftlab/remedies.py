@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .attach import adapters, hosts, using
 from .rows import collate, encode
 from .runtime import mode
+from .texts import filler
 
 # --------------------------------------------------------------------------------------------------- rehearsal
 
@@ -116,7 +117,7 @@ class KLToBase:
         if base is None and not hosts(model):
             raise ValueError("without adapters to switch off there is no base in this model: pass a frozen copy, base=")
         self.rows, self.weight, self.base, self.size = encode(model, rows, tokenizer), weight, base, batch_size
-        self.pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        self.pad = filler(tokenizer)
 
     def __call__(self, model: nn.Module) -> Tensor:
         picked = torch.randint(len(self.rows), (self.size,)).tolist()

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import _check_mixes, adapters, check_attached, hosts, merged_names
+from .attach import adapters, check_attached, check_mixes, hosts, merged_names
 from .core import Switch
-from .evaluate import _context, _decoder_only, _encode, _pad
 from .mixed import Rows
 from .runtime import mode
+from .texts import check_decoder_only, context_of, filler, tokens_of
 
 LONGEST = 4  # bytes of a character in UTF-8, so at most as many tokens
 
@@ -61,8 +61,8 @@ def check(model: nn.Module, tokenizer, request: Request) -> None:
 
 
 def _check(model: nn.Module, requests: Sequence[Request]) -> None:
-    _decoder_only(model)
-    there, merged, context = adapters(model), merged_names(model), _context(model)
+    check_decoder_only(model)
+    there, merged, context = adapters(model), merged_names(model), context_of(model)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     for i, request in enumerate(requests):
         at = f"request {i}: " if len(requests) > 1 else ""
@@ -76,7 +76,7 @@ def _check(model: nn.Module, requests: Sequence[Request]) -> None:
                 raise LookupError(f"{at}{error}") from None
         if wrong := _wrong(request, vocabulary, context):
             raise ValueError(at + wrong)
-    _check_mixes(model, {request.adapter for request in requests})
+    check_mixes(model, {request.adapter for request in requests})
 
 
 def _wrong(request: Request, vocabulary: int, context: float) -> str | None:
@@ -253,7 +253,7 @@ def _decode(model: nn.Module, tokenizer, requests: list[Request], cancelled: Cal
     ends = _end_tokens(model, tokenizer)
     switch = next((host.switch for host in hosts(model).values()), Switch())
     rows = [Row(i, r, Text(tokenizer, r.stop), _generator(r)) for i, r in enumerate(requests)]
-    batch = Batch(model, switch, rows, _pad(tokenizer))
+    batch = Batch(model, switch, rows, filler(tokenizer))
     with mode(model, training=False):
         while batch.rows:
             gone = [cancelled(row.number) for row in batch.rows]
@@ -322,7 +322,7 @@ def generate(
     columns = [_column(name, given, len(prompts)) for name, given in settings.items()]
     texts = (stop,) if isinstance(stop, str) else tuple(stop)
     requests = [
-        Request(_encode(tokenizer, prompt), adapter, new, heat, p, k, own, texts)
+        Request(tokens_of(tokenizer, prompt), adapter, new, heat, p, k, own, texts)
         for prompt, adapter, new, heat, p, k, own in zip(prompts, *columns, strict=True)
     ]
     if requests:

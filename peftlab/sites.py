@@ -30,6 +30,8 @@ HEAD = re.compile(r"(.*\.)?(lm_head|cls|score|classifier|qa_outputs)(\..*)?")  #
 
 def sites(model: nn.Module) -> dict[str, nn.Module]:
     """bare path -> module (or the host around it), of every module an adapter could wrap."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"needs a model, a torch.nn.Module, not {type(model).__name__}; see load_base")
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         if id(module) in seen:
@@ -61,6 +63,24 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Make `module` the one that stands at a bare path."""
     parent, _, name = path.rpartition(".")
     setattr(bare(at(model, parent)), name, module)
+
+
+def parameters(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Parameter]]:
+    """bare path -> (the module that owns it, the parameter), of every parameter of the base."""
+    there = {path: bare(site) for path, site in sites(model).items()}
+    return {f"{path}.{name}": (module, parameter) for path, module in there.items()
+            for name, parameter in module.named_parameters(recurse=False)}  # fmt: skip
+
+
+def loose(model: nn.Module) -> dict[str, nn.Parameter]:
+    """bare path -> matrix, or stack of matrices (E, …), that a module multiplies by without a layer: experts, routers.
+
+    Not the weights of layers (linear ones and convolutions), of embeddings, and of nn.MultiheadAttention, which is
+    not always called: nn.TransformerEncoderLayer reads its weights.
+    """
+    layers = (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+    return {path: p for path, (owner, p) in parameters(model).items()
+            if p.dim() in (2, 3) and not (is_linear(owner) or isinstance(owner, layers))}  # fmt: skip
 
 
 def _is_head(model: nn.Module, path: str, site: nn.Module) -> bool:
@@ -127,6 +147,12 @@ def _embeddings(path: str, site: nn.Module, model: nn.Module) -> bool:
     return table is not None and bare(site) is bare(table)
 
 
+def _experts(path: str, site: nn.Module, model: nn.Module) -> bool:
+    """Of parameters: one matrix for each expert of the module that owns it."""
+    owner = bare(at(model, path.rpartition(".")[0]))
+    return site.dim() == 3 and len(site) == getattr(owner, "num_experts", None)  # type: ignore[operator, arg-type]
+
+
 def _takes(module: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(type(module).forward).parameters
 
@@ -134,6 +160,7 @@ def _takes(module: nn.Module, argument: str) -> bool:
 # group -> (its test, what to call it in an error)
 GROUPS: dict[str, tuple[Callable[[str, nn.Module, nn.Module], bool], str]] = {
     "all-linear": (_linear, "linear layer besides its output head"),
+    "all-experts": (_experts, "experts whose weights are one parameter of three dimensions"),  # LoRA alone
     "all-attention": (_attention, "attention module"),
     "all-blocks": (_block, "list of blocks that hold attention"),
     "all-mlp": (_feed_forward, "feed-forward module of its own"),
@@ -149,14 +176,16 @@ GROUPS: dict[str, tuple[Callable[[str, nn.Module, nn.Module], bool], str]] = {
 
 
 def group(model: nn.Module, name: str) -> list[str]:
-    """The bare paths of a group of sites, in model order. Raises ValueError if the model has none.
+    """The bare paths of a group of sites, in model order; of parameters, for "all-experts". Raises ValueError if the
+    model has none.
 
     "sublayer-output" must have both of its halves: else a model would be adapted by half without a word.
     """
     for half in ("attention-output", "ffn-output") if name == "sublayer-output" else ():
         group(model, half)
     belongs, what = GROUPS[name]
-    found = [path for path, site in sites(model).items() if belongs(path, site, model)]
+    there = loose(model) if name == "all-experts" else sites(model)
+    found = [path for path, site in there.items() if belongs(path, site, model)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no {what}, so targets={name!r} finds nothing; "
                          "name its modules with targets=…")  # fmt: skip

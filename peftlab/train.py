@@ -19,16 +19,18 @@ from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint as files
 from . import hooks
+from .hyper import fits, said
 from .log import Log
 from .rows import Row, collate, digest, encode, kind_of, order
 from .runtime import accelerator_on, mode, stream
+from .texts import pad_of
 
 # name -> what bitsandbytes calls it; None: AdamW of torch. Its 8 bits are for matrices of 4,096 numbers and more, its
 # pages (which move to CPU memory when the GPU's is full) for those of 100,000; smaller states stay as they are.
@@ -78,14 +80,19 @@ class Settings:
         for name in ("steps", "batch_size", "accumulation", "valid_every", "checkpoint_every"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, name, "must be a whole number, at least 1")
+        for name, hint in get_type_hints(Settings).items():
+            need(fits(getattr(self, name), hint), name, f"must be {said(hint)}")
         need(self.accumulation <= self.batch_size, "accumulation", f"more micro-batches than rows ({self.batch_size})")
         need(self.lr > 0 and math.isfinite(self.lr), "lr", "must be a positive number")
         need(0 <= self.warmup < 1, "warmup", "is a fraction of the steps: 0 ≤ warmup < 1")
         known = callable(self.optimizer) or self.optimizer in list(OPTIMIZERS)
         need(known, "optimizer", f"must be one of {list(OPTIMIZERS)} or a function from parameters to an optimizer")
-        known = callable(self.schedule) or self.schedule in SCHEDULES
+        known = callable(self.schedule) or self.schedule in list(SCHEDULES)
         need(known, "schedule", f"must be a function or one of {list(SCHEDULES)}")
         need(self.clip is None or self.clip > 0, "clip", "must be positive, or None for no clipping")
+        need(self.max_length is None or self.max_length >= 1, "max_length", "must be at least 1, or None")
+        need(self.weight_decay >= 0, "weight_decay", "must not be negative")
+        need(self.penalty is None or callable(self.penalty), "penalty", "must be a function of the model, or None")
         need(isinstance(self.seed, int) and self.seed >= 0, "seed", "must be a whole number, at least 0")
         need(self.precision in (None, "bf16", "fp16"), "precision", 'must be None, "bf16" or "fp16"')
         need(self.patience is None or self.patience >= 1, "patience", "must be at least 1, or None")
@@ -167,7 +174,7 @@ def train_steps(model: nn.Module, dataset: Any, tokenizer: Any = None, **setting
         Path(s.checkpoint).mkdir(parents=True, exist_ok=True)  # an impossible folder fails now, not at step 50
     rows = encode(model, dataset, tokenizer, s.max_length)
     valid = encode(model, s.valid, tokenizer, s.max_length) if s.valid is not None else []
-    return _steps(model, trained, rows, valid, _pad(model, tokenizer), s)
+    return _steps(model, trained, rows, valid, pad_of(model, tokenizer), s)
 
 
 def _steps(
@@ -294,7 +301,7 @@ def _gradient(
         part = batch[cut * len(batch) // cuts : (cut + 1) * len(batch) // cuts]
         share = sum(row.trained for row in part) / total
         with nullcontext() if cut + world >= cuts else accelerator.no_sync(model):  # processes meet once per step
-            mean = _loss(model, part, pad)
+            mean = loss_of(model, part, pad)
             own = hooks.penalty(learning)  # a method's own term; not logged either
             whole = mean if own is None else mean + own
             accelerator.backward(whole * (share * world))  # gradients of processes are averaged, ours must add up
@@ -302,7 +309,7 @@ def _gradient(
     return accelerator.reduce(loss, "sum").item()
 
 
-def _loss(model: nn.Module, rows: list[Row], pad: int) -> Tensor:
+def loss_of(model: nn.Module, rows: list[Row], pad: int) -> Tensor:
     """The model's own loss: the mean over the labels of these rows."""
     bare = getattr(model, "module", model)  # inside DistributedDataParallel
     device = getattr(bare, "device", None) or next(bare.parameters()).device
@@ -325,7 +332,7 @@ def _evaluate(model: nn.Module, rows: list[Row], pad: int, accelerator: Any, siz
     total = torch.zeros((), device=next(model.parameters()).device)
     with mode(model, training=False):
         for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-            total = total + _loss(model, batch, pad) * sum(row.trained for row in batch)
+            total = total + loss_of(model, batch, pad) * sum(row.trained for row in batch)
     return accelerator.reduce(total, "sum").item() / sum(row.trained for row in rows)
 
 
@@ -385,12 +392,6 @@ def _copy(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _put(trained: Mapping[str, Tensor], values: dict[str, Tensor]) -> None:
     for name, p in trained.items():
         p.copy_(values[name])
-
-
-def _pad(model: nn.Module, tokenizer: Any) -> int:
-    """Any token will do, since it is masked; a classifier looks for its own to find the end of a row."""
-    found = [getattr(getattr(model, "config", None), "pad_token_id", None), getattr(tokenizer, "pad_token_id", None), 0]
-    return next(token for token in found if token is not None)
 
 
 # Readers of `help(train)`, and Shift-Tab in a notebook, see every setting with its default.

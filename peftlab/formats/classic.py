@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..core import Adapter
 
 
-def _headed(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def headed(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(task_type, the head's tensors) for a classifier. Without the task HF PEFT leaves a soft prompt out, without a
     word; with it, it insists on a saved head. A head that is trained with the adapter replaces this one of the base."""
     task = PROMPT_TASKS.get(type(model).__name__.rpartition("For")[2])
@@ -28,9 +28,9 @@ def _headed(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"task_type": task}, tensors
 
 
-def _refuse_others(model: nn.Module, tensors: Mapping[str, Tensor], known: set[str]) -> None:
+def refuse_others(model: nn.Module, tensors: Mapping[str, Tensor], known: set[str]) -> None:
     """ValueError for a tensor that is neither known nor of the base's own head."""
-    ours = {*known, *_headed(model)[1]}
+    ours = {*known, *headed(model)[1]}
     if odd := sorted(set(tensors) - ours):
         raise ValueError(f"{odd[0]!r} belongs to no module of this model")
 
@@ -53,14 +53,14 @@ def _prompt_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[
         tensors["prompt_embeddings"] = adapter.vectors()  # type: ignore[operator]
     settings = {theirs: adapter.hyper[ours] for ours, theirs in adapter.hf_hyper.items()}
     settings |= {"token_dim": tensors["prompt_embeddings"].shape[1], "num_transformer_submodules": 1}
-    task, head = _headed(model)
+    task, head = headed(model)
     return tensors | head, settings | task
 
 
 def _prompt_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):
     """HF PEFT's prompts for an encoder–decoder have 2·k rows, of which its forward pass uses the first k."""
     _refuse_first(model)
-    _refuse_others(model, tensors, set(method.hf_params.values()))
+    refuse_others(model, tensors, set(method.hf_params.values()))
     prompts, k = tensors["prompt_embeddings"], config["num_virtual_tokens"]
     twice = len(prompts) == 2 * k and config.get("num_transformer_submodules") == 2
     if len(prompts) != k and not twice:
@@ -94,13 +94,13 @@ def _prefix_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[
     settings = {"num_virtual_tokens": one.k, "token_dim": one.d_kv, "num_attention_heads": one.heads,
                 "num_layers": len(found), "num_transformer_submodules": 1, "prefix_projection": False,
                 "encoder_hidden_size": one.width}  # fmt: skip
-    task, head = _headed(model)
+    task, head = headed(model)
     prefix = torch.cat([a.prefix() for a in found.values()], -1)  # type: ignore[operator]
     return {"prompt_embeddings": prefix} | head, settings | task
 
 
 def _prefix_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):
-    _refuse_others(model, tensors, {"prompt_embeddings"})
+    refuse_others(model, tensors, {"prompt_embeddings"})
     paths = group(model, "all-attention")
     parts = tensors["prompt_embeddings"].chunk(2 * len(paths), -1)
     weights = {path: {"P_k": P_k, "P_v": P_v} for path, P_k, P_v in zip(paths, parts[::2], parts[1::2], strict=True)}
@@ -131,11 +131,11 @@ def _ia3_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str
 
     They must be among `target_modules` too. Where endings would say something else, whole paths are written.
     """
-    from ..files import _shortest
+    from ..files import endings_of
 
     inner = [path for path, adapter in found.items() if adapter.hyper["feedforward"]]
     outer = [path for path in found if path not in inner]
-    targets, endings = _shortest(model, list(found)), _shortest(model, inner) if inner else []
+    targets, endings = endings_of(model, list(found)), endings_of(model, inner) if inner else []
     if not set(endings) <= set(targets) or any(path.endswith(ending) for path in outer for ending in endings):
         targets, endings = list(found), inner
     settings: dict[str, Any] = {"target_modules": targets, "feedforward_modules": endings}

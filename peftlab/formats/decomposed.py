@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def _adalora_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The triplets that are kept, and which they were: HF PEFT divides α by the number there was at first."""
-    from ..files import _settings, _shortest
+    from ..files import endings_of, settings_of
 
     tensors, kept = {}, {}
     for path, a in found.items():
@@ -29,9 +29,7 @@ def _adalora_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict
             tensors[f"{PREFIX}{path}.{name}"] = part.detach()
         kept[f"{path}.lora_E"] = mask.tolist()
     (method,) = {type(a) for a in found.values()}
-    settings = {"target_modules": _shortest(model, list(found)), "modules_to_save": None, **_settings(method, found)}
-    if "rank_pattern" in settings:
-        raise ValueError("r differs between layers, which HF PEFT's AdaLoRA cannot express: let target_r choose")
+    settings = {"target_modules": endings_of(model, list(found)), "modules_to_save": None, **settings_of(method, found)}
     # a training schedule without which HF PEFT refuses the file, though it means nothing to a finished adapter
     settings["total_step"] = settings["tinit"] + settings["tfinal"] + 1
     if not all(map(all, kept.values())):
@@ -60,14 +58,14 @@ def _adalora_from_hf(model: nn.Module, method: type[Adapter], config: dict, tens
 
 
 def _osf_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from ..files import _shortest
+    from ..files import endings_of
 
     tensors = {f"{PREFIX}{path}.{a.hf_params[n]}": t.detach()
                for path, a in found.items() for n, t in a.named_parameters()}  # fmt: skip
     ranks = {path: a.hyper["effective_rank"] for path, a in found.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     other = {f"^{re.escape(path)}$": n for path, n in ranks.items() if n != common}
-    return tensors, {"target_modules": _shortest(model, list(found)), "effective_rank": common} | (
+    return tensors, {"target_modules": endings_of(model, list(found)), "effective_rank": common} | (
         {"rank_pattern": other} if other else {})  # fmt: skip
 
 
@@ -92,6 +90,6 @@ def _osf_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors:
 
 
 LAYOUTS = {
-    "ADALORA": Layout(_adalora_to_hf, _adalora_from_hf, frozenset({"r", "total_step"})),
+    "ADALORA": Layout(_adalora_to_hf, _adalora_from_hf, frozenset({"r", "total_step", "rank_pattern"})),
     "OSF": Layout(_osf_to_hf, _osf_from_hf, frozenset({"target_svd_config"})),
 }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..layers import shape_of
 from ..sites import at, bare, group, sites
-from .classic import _headed, _refuse_others
+from .classic import headed, refuse_others
 from .common import PREFIX, Layout, Plan, Weights, paths_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def _cpt_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str
 
 
 def _cpt_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):
-    _refuse_others(model, tensors, {"prompt_embeddings"})
+    refuse_others(model, tensors, {"prompt_embeddings"})
     hyper = {ours: config[theirs] for ours, theirs in method.hf_hyper.items()}
     if config.get("opt_weighted_loss_type", "none") == "none":
         hyper["decay"] = 1.0
@@ -47,13 +47,13 @@ def _cartridge_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[di
     settings = {"num_virtual_tokens": one.k, "num_frozen_tokens": one.frozen, "token_dim": one.d_kv,
                 "num_attention_heads": one.heads, "num_layers": len(found),
                 "num_transformer_submodules": 1}  # fmt: skip
-    task, head = _headed(model)
+    task, head = headed(model)
     prefix = torch.cat([a.prefix() for a in found.values()], -1)  # type: ignore[operator]
     return {"prompt_embeddings": prefix} | head, settings | task
 
 
 def _cartridge_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):
-    _refuse_others(model, tensors, {"prompt_embeddings"})
+    refuse_others(model, tensors, {"prompt_embeddings"})
     paths, frozen = group(model, "all-attention"), config["num_frozen_tokens"]
     parts = tensors["prompt_embeddings"].chunk(2 * len(paths), -1)
     weights = {path: {"F_k": K[:frozen], "P_k": K[frozen:], "F_v": V[:frozen], "P_v": V[frozen:]}
@@ -63,13 +63,13 @@ def _cartridge_from_hf(model: nn.Module, method: type[Adapter], config: dict, te
 
 def _lily_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Shared matrices are written once for each layer, as HF PEFT does."""
-    from ..files import _settings, _shortest
+    from ..files import endings_of, settings_of
 
     names = type(next(iter(found.values()))).hf_params
     tensors = {f"{PREFIX}{path}.{theirs}": getattr(adapter, ours).detach().clone()
                for path, adapter in found.items() for ours, theirs in names.items()}  # fmt: skip
-    settings = _settings(type(next(iter(found.values()))), found)
-    return tensors, {"target_modules": _shortest(model, list(found)), **settings}
+    settings = settings_of(type(next(iter(found.values()))), found)
+    return tensors, {"target_modules": endings_of(model, list(found)), **settings}
 
 
 def _lily_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def _oft_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from ..files import _settings, _shortest
+    from ..files import endings_of, settings_of
 
     method = type(next(iter(found.values())))
-    return keyed(found), {"target_modules": _shortest(model, list(found)), **_settings(method, found)}
+    return keyed(found), {"target_modules": endings_of(model, list(found)), **settings_of(method, found)}
 
 
 def _oft_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):

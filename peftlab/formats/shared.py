@@ -20,10 +20,10 @@ ROOT = "base_model."  # before the name of a shared tensor
 
 
 def _settings(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, Any]:
-    from ..files import _settings, _shortest
+    from ..files import endings_of, settings_of
 
     method = type(next(iter(found.values())))
-    return {"target_modules": _shortest(model, list(found)), "modules_to_save": None, **_settings(method, found)}
+    return {"target_modules": endings_of(model, list(found)), "modules_to_save": None, **settings_of(method, found)}
 
 
 def _to_hf(model: nn.Module, found: Mapping[str, Adapter], shared: Mapping[str, str]):

@@ -18,14 +18,17 @@ TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight")  # a ba
 
 
 def _shadow_to_hf(model: nn.Module, found: Mapping[str, Adapter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    one, tensors = next(iter(found.values())), {}
+    from ..files import settings_of
+
+    tensors = {}
     for path, adapter in found.items():
         for name, tensor in adapter.state_dict().items():
             part, _, rest = name.partition(".")
             tensors[BACKBONE + rest if part == "shadow_backbone" else f"{PREFIX}{path}.{part}{NAME}{rest}"] = tensor
-    settings = {theirs: one.hyper[ours] for ours, theirs in one.hf_hyper.items()}
+    (method,) = {type(adapter) for adapter in found.values()}
     blocks = [path for path in found if path in group(model, "all-blocks")]
-    return tensors, {"target_modules": blocks, "shadow_model": "mirror", "share_embeddings": True, **settings}
+    return tensors, {"target_modules": blocks, "shadow_model": "mirror", "share_embeddings": True,
+                     **settings_of(method, found)}  # fmt: skip
 
 
 def _shadow_from_hf(model: nn.Module, method: type[Adapter], config: dict, tensors: dict[str, Tensor]):

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 def _settings(model: nn.Module, found: Mapping[str, Adapter]) -> dict[str, Any]:
     """Targets and hyper-parameters; ValueError for one that differs between layers."""
-    from ..files import _shortest
+    from ..files import endings_of
 
     adapters = list(found.values())
-    settings: dict[str, Any] = {"target_modules": _shortest(model, list(found))}
+    settings: dict[str, Any] = {"target_modules": endings_of(model, list(found))}
     for ours in adapters[0].hyper:
         if any(adapter.hyper[ours] != adapters[0].hyper[ours] for adapter in adapters):
             raise ValueError(f"{ours} differs between layers, which HF PEFT's format cannot express")

@@ -23,6 +23,8 @@ def batches(model: nn.Module, data: Any, tokenizer: Any, batch_size: int, by: st
     """
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: must be a whole number, at least 1")
+    if data is not None and not hasattr(data, "__iter__"):
+        raise ValueError(f"{by} begins from calibration data, and {data!r} is none: pass rows as for train, or batches")
     one = isinstance(data, Mapping) and getattr(data.get("input_ids"), "ndim", 0) == 2
     found = [] if data is None else [data] if one else data if isinstance(data, Mapping) else list(data)
     if not found:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hyper import checks
 from ._common import begin, check_values, dense, split, untrained
 from ._data import batches, second_moments
 
 
+@checks
 def corda(model: nn.Module, data: Any, tokenizer: Any = None, name: str = "default", *, keep: bool = False,
           damp: float = 0.01, batch_size: int = 16) -> nn.Module:  # fmt: skip
     """Begin an untrained LoRA at the components of W that matter most, or least, to the inputs of some data.

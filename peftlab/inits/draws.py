@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..hyper import checks
 from ._common import fill, untrained
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     Draw = Callable[[LoRA, torch.Generator], tuple[Tensor, Tensor | None]]
 
 
+@checks
 def kaiming(model: nn.Module, name: str = "default", seed: int = 0) -> nn.Module:
     """A uniform in ±1/√in, B zero: how LoRA begins by itself, drawn anew from `seed`. Returns the model.
 
@@ -29,6 +31,7 @@ def kaiming(model: nn.Module, name: str = "default", seed: int = 0) -> nn.Module
     return _draw_all(model, name, "kaiming", draw, seed)
 
 
+@checks
 def gaussian(model: nn.Module, name: str = "default", seed: int = 0) -> nn.Module:
     """A normal with deviation 1/r, B zero: LoRA as the paper has it, with HF PEFT's deviation. Returns the model.
 
@@ -41,11 +44,12 @@ def gaussian(model: nn.Module, name: str = "default", seed: int = 0) -> nn.Modul
     return _draw_all(model, name, "gaussian", draw, seed)
 
 
+@checks
 def orthogonal(model: nn.Module, name: str = "default", seed: int = 0) -> nn.Module:
     """Neither A nor B zero, but B·A = 0: both have a gradient at the first step, and no start has to be kept.
 
-        A = (X·Q₁)ᵀ/10, B = Y·Q₂/10, with Q₁, Q₂ (r/2, r) the odd and even rows of a random orthogonal matrix, so that
-        B·A = Y·Q₂·Q₁ᵀ·Xᵀ/100 = 0, and X (in, r/2), Y (out, r/2) normal
+        A = (X·Q₁)ᵀ/10, B = Y·Q₂/10, with X (in, r/2) and Y (out, r/2) normal and Q₁, Q₂ (r/2, r) the odd and the even
+        rows of a random orthogonal matrix, so that B·A = Y·Q₂·Q₁ᵀ·Xᵀ/100 = 0
 
     The base is met up to rounding (about 1e-8 a weight). Raises ValueError for an odd rank. Returns the model.
     Source: HF PEFT, `init_lora_weights="orthogonal"`, after https://datta0.github.io/posts/rethink-lora-init/

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..attach import adapters, switch_of
 from ..core import Adapted
+from ..hyper import checks
 from ..layers import device_of, shape_of
 from ..sites import at, put
 from ._common import check_values, fill, svd, untrained
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..methods.lora import LoRA
 
 
+@checks
 def eva(model: nn.Module, data: Any, tokenizer: Any = None, name: str = "default", *, rho: float = 2.0,
         tau: float = 0.99, whiten: bool = False, answers: bool = True, batch_size: int = 16,
         rounds: int = 20) -> nn.Module:  # fmt: skip

@@ -8,11 +8,13 @@ import torch
 from torch import nn
 
 from ..attach import Targets, find_targets
+from ..hyper import checks
 from ..layers import shape_of
 from ..sites import at, bare
 from ._common import dense
 
 
+@checks
 def kappatune(model: nn.Module, share: float = 0.2, among: Targets = "all-linear") -> list[str]:
     """The targets for `attach`: of the layers that `among` names, the `share` with the smallest condition number.
 

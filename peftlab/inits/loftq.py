@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import Targets
+from ..hyper import checks
 from ..nf4 import Packed, pack, unpack
 from ._common import check_turns, quantize_with
 
 
+@checks
 def loftq(model: nn.Module, name: str = "default", iterations: int = 1, skip: Targets = (), also: Targets = (), *,
           block: int = 64, kind: str = "nf4", double: bool = True,
           compute: torch.dtype | None = None) -> nn.Module:  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hyper import checks
 from ..layers import shape_of
 from ._common import begin, check_values, svd, untrained
 from ._data import batches, gradients
@@ -18,6 +19,7 @@ DIRECTIONS = {  # which of the first 2r singular vectors go to A and which to B
 }
 
 
+@checks
 def lora_ga(model: nn.Module, data: Any, tokenizer: Any = None, name: str = "default", *, direction: str = "ArB2r",
             gamma: float = 16, batch_size: int = 16) -> nn.Module:  # fmt: skip
     """Begin an untrained LoRA at the singular vectors of the first gradient of full fine-tuning.

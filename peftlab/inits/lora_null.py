@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..hyper import checks
 from ._common import begin, check_values, dense, split, untrained
 from ._data import batches, second_moments
 
 
+@checks
 def lora_null(model: nn.Module, data: Any, tokenizer: Any = None, name: str = "default", *,
               batch_size: int = 16) -> nn.Module:  # fmt: skip
     """Begin an untrained LoRA in the null space of the inputs that some data gives its layers.

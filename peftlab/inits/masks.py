@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attach import Targets, _check_name, adapters, attach_plan, check_attached, find_targets, hosts, using
+from ..attach import Targets, adapters, attach_plan, check_attached, check_name, find_targets, hosts, using
+from ..hyper import checks
 from ..layers import is_conv1d, is_quantised, shape_of, weight_of
 from ..runtime import mode
 from ..sites import at, bare
+from ..texts import pad_of
 
 Scores = Mapping[str, Tensor]  # path -> (out, in), on the CPU
 
 
+@checks
 def fish(model: nn.Module, dataset: Any, tokenizer: Any = None, *, density: float = 0.005,
          targets: Targets = "all-linear", name: str = "default", samples: int = 128) -> nn.Module:  # fmt: skip
     """Attach a FishMask on the entries that the data say most about.
@@ -35,15 +38,15 @@ def fish(model: nn.Module, dataset: Any, tokenizer: Any = None, *, density: floa
     Source: Sung et al. 2021, arXiv:2111.09839.
     """
     from ..rows import encode
-    from ..train import _loss, _pad
+    from ..train import loss_of
 
-    _check_name(model, name)
+    check_name(model, name)
     layers = {path: bare(at(model, path)) for path in find_targets(model, targets)}
     for path, layer in layers.items():
         shape_of(layer)
         if is_quantised(layer) or layer.weight.is_meta:
             raise ValueError(f"{path!r} has no weights that could have a gradient; load the model dense")
-    rows, pad = encode(model, dataset, tokenizer)[:samples], _pad(model, tokenizer)
+    rows, pad = encode(model, dataset, tokenizer)[:samples], pad_of(model, tokenizer)
     scores = {path: torch.zeros(shape_of(layer)) for path, layer in layers.items()}
     weights = [layer.weight for layer in layers.values()]
     trained = {p: p.requires_grad for p in model.parameters()}
@@ -53,7 +56,7 @@ def fish(model: nn.Module, dataset: Any, tokenizer: Any = None, *, density: floa
             p.requires_grad_(any(p is w for w in weights))
         with bare_base, mode(model, training=False), torch.enable_grad():
             for row in rows:
-                likelihood = _loss(model, [row], pad) * row.trained  # the loss is a mean over the row's labels
+                likelihood = loss_of(model, [row], pad) * row.trained  # the loss is a mean over the row's labels
                 for (path, layer), g in zip(layers.items(), torch.autograd.grad(likelihood, weights), strict=True):
                     scores[path] += (g.T if is_conv1d(layer) else g).float().cpu().square() / len(rows)
     finally:
@@ -62,9 +65,10 @@ def fish(model: nn.Module, dataset: Any, tokenizer: Any = None, *, density: floa
     return attach_top(model, name, scores, density)
 
 
+@checks
 def lottery(model: nn.Module, tuned: nn.Module, *, density: float = 0.05, targets: Targets = "all-linear",
             name: str = "default") -> nn.Module:  # fmt: skip
-    """Attach a FishMask on the entries that a full fine-tuning moved most, with values at zero: LT-SFT.
+    """LT-SFT: attach a FishMask on the entries that a full fine-tuning moved most, with values at zero.
 
         |W_tuned − W|, the largest density·(number of entries); then the winners are trained from the base again
 
@@ -83,6 +87,7 @@ def lottery(model: nn.Module, tuned: nn.Module, *, density: float = 0.05, target
     return attach_top(model, name, scores, density)
 
 
+@checks
 def project(model: nn.Module, diff: str, *, density: float = 0.005, name: str = "default") -> nn.Module:
     """Attach a FishMask with the largest density·(number of entries) of what the DiffPruning adapter `diff` learnt.
 

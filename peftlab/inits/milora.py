@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..hyper import checks
 from ._common import begin_all, split
 
 
+@checks
 def milora(model: nn.Module, name: str = "default") -> nn.Module:
     """Begin an untrained LoRA at the r smallest singular values of W, with their vectors.
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..hyper import checks
 from ._common import begin_all
 
 
+@checks
 def olora(model: nn.Module, name: str = "default") -> nn.Module:
     """Begin an untrained LoRA at the first r columns of W's QR decomposition.
 

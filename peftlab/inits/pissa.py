@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import Targets
+from ..hyper import checks
 from ..nf4 import Packed, pack, unpack
 from ._common import begin_all, check_turns, quantize_with, split, svd
 
 
+@checks
 def pissa(model: nn.Module, name: str = "default", niter: int | None = None, seed: int = 0) -> nn.Module:
     """Begin an untrained LoRA at the r largest singular values of W, with their vectors.
 
@@ -36,6 +38,7 @@ def pissa(model: nn.Module, name: str = "default", niter: int | None = None, see
     return begin_all(model, name, "PiSSA", factors)
 
 
+@checks
 def qpissa(model: nn.Module, name: str = "default", iterations: int = 1, skip: Targets = (), also: Targets = (), *,
            block: int = 64, kind: str = "nf4", double: bool = True,
            compute: torch.dtype | None = None) -> nn.Module:  # fmt: skip

@@ -17,7 +17,8 @@ def block_of(features: int, size: int | None, number: int | None, most: int) -> 
         raise ValueError(f"give the size of the blocks, {size}, or their number, {number}, not both")
     given = size or number or fitting([features], most)
     if given < 0 or features % given:
-        raise ValueError(f"{given} does not divide the width {features} of this layer; "
+        what = "number of blocks" if number else "block size"
+        raise ValueError(f"the {what} {given} does not divide the width {features} of this layer; "
                          f"{', '.join(map(str, divisors(features)))} do")  # fmt: skip
     b = features // given if number else given
     if b < 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,6 +37,16 @@ def down_and_up(in_features: int, b: int, out_features: int) -> tuple[nn.Linear,
     for zero in (down.bias, up.weight, up.bias):
         nn.init.zeros_(zero)
     return down, up
+
+
+def check_network(site: nn.Module) -> None:
+    """ValueError for a module that is not simply called as f(x) -> y: a block, attention, a whole model, a pooler."""
+    kind = type(site).__name__
+    more = {"input_ids", "attention_mask", "past_key_values", "position_embeddings"} & {
+        *inspect.signature(type(site).forward).parameters}  # fmt: skip
+    if more or "Pooler" in kind:
+        raise ValueError(f"{kind} is no network from x to y of the same tokens; choose the feed-forward net inside of "
+                         "it, or a linear layer")  # fmt: skip
 
 
 def site_shape(site: nn.Module) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..core import Adapter
 from ..layers import is_linear, shape_of
 from ..sites import at, bare, sites
+from ._bottleneck import check_network
 
 
 class Expert(Adapter):
@@ -51,6 +52,7 @@ def plan_experts(method: type[Adapter], model: nn.Module, paths: Sequence[str], 
     """{path: (method, hyper)} and an `Expert` on every linear layer inside."""
     plan: dict[str, Any] = {}
     for path in paths:
+        check_network(bare(at(model, path)))
         inside = linear_inside(bare(at(model, path)))
         plan |= {path: (method, hyper)} | {f"{path}.{p}": (Expert, {"path": p}) for p in inside}
     return plan

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Adapter
-from ..sites import sites
+from ..sites import group, sites
 from ._peers import carriers, peer
 
 
@@ -42,6 +42,8 @@ def plan_gates(method: type[Adapter], model: nn.Module, paths: Sequence[str], hy
         raise ValueError(f"of={of!r}: name two or more attached adapters, such as of=('sql', 'reviews')")
     if len(paths) != 1:
         raise ValueError(f"{type(model).__name__} reads two texts, and the classifier is for one; take Arrow")
+    if list(paths) != group(model, "decoder"):
+        raise ValueError(f"{paths[0]!r} does not turn input_ids into hidden states; leave targets out")
     found = carriers(model, list(sites(model)), of)
     for name in of:
         if odd := next((a for a in adapters(model)[name].values() if not a.adds), None):

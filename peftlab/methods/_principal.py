@@ -24,7 +24,7 @@ def principal(layer: nn.Module, r: int, how: str = "full", niter: int = 10, seed
         U, S, Vt = torch.linalg.svd(W, full_matrices=False)
         return U[:, :r].contiguous(), S[:r].contiguous(), Vt[:r].contiguous()
     if how != "lowrank":
-        raise ValueError(f"{how!r} is neither 'full' nor 'lowrank'")
+        raise ValueError(f"the decomposition {how!r} is neither 'full' nor 'lowrank'")
     with torch.random.fork_rng([W.device] if W.is_cuda else []):  # svd_lowrank takes no generator
         torch.manual_seed(seed)
         U, S, V = torch.svd_lowrank(W, q=r, niter=niter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layers import shape_of
+from ..layers import shape_of, wide
 
 KINDS = "relu", "qr"
 
@@ -25,5 +25,5 @@ def directions(P: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     Q·Nᵀ is the projection onto them. "relu": P and max(P, 0), without a decomposition, and no projection."""
     if kind == "relu":
         return P, P.relu()
-    Q, _ = torch.linalg.qr(P)
+    Q = torch.linalg.qr(wide(P)).Q.to(P.dtype)
     return Q, Q

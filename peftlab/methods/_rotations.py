@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..layers import wide
+
 
 def skew(entries: Tensor, b: int) -> Tensor:
     """(..., b(b−1)/2), the entries above the diagonal row by row -> Q (..., b, b) with Qᵀ = −Q."""
@@ -21,8 +23,8 @@ def eye_of(Q: Tensor) -> Tensor:
 
 def cayley(Q: Tensor) -> Tensor:
     """(I + Q)(I − Q)⁻¹: exactly orthogonal, with determinant 1. Any rotation that turns no plane by 180° is one."""
-    eye = eye_of(Q)
-    return torch.linalg.solve(eye - Q, eye + Q, left=False)
+    eye = eye_of(wide(Q))
+    return torch.linalg.solve(eye - Q, eye + Q, left=False).to(Q.dtype)
 
 
 def neumann(Q: Tensor, terms: int) -> Tensor:

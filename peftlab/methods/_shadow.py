@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +17,17 @@ def decoder_only(model: nn.Module) -> str:
     decoder: Any = bare(at(model, top[0]))
     encodes = getattr(decoder.config, "is_decoder", None) is False or not _takes(decoder, "past_key_values")
     if len(top) > 1 or encodes:
-        raise ValueError(f"{type(model).__name__} is no decoder-only model, and a shadow reads along with one")
+        raise ValueError(f"{type(model).__name__} is no decoder-only model, and the method reads along with one")
     return top[0]
+
+
+def with_blocks(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """The decoder and these blocks of it; ValueError for other sites."""
+    decoder, blocks = decoder_only(model), group(model, "all-blocks")
+    odd = [path for path in paths if path not in (decoder, *blocks)]
+    if odd or not set(paths) & set(blocks):
+        raise ValueError(f"{[*odd, *paths][0]!r} is no block, as {blocks[0]!r} is; leave targets out")
+    return [decoder, *(path for path in paths if path != decoder)]
 
 
 def mirrored(decoder: Any, layers: int) -> nn.Module:
@@ -31,7 +41,7 @@ def mirrored(decoder: Any, layers: int) -> nn.Module:
     table = made.get_input_embeddings()
     for name, child in list(made.named_children()):
         if child is table:
-            delattr(made, name)
+            setattr(made, name, None)  # not deleted: transformers asks for it where it checkpoints activations
     for module in made.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             module.layer_idx += depth  # its places in the cache, behind the base's
@@ -39,22 +49,23 @@ def mirrored(decoder: Any, layers: int) -> nn.Module:
 
 
 def with_room(cache: Any, depth: int, layers: int) -> Any:
-    """The model's cache with empty layers for the mirror behind its own. ValueError if it was filled without them."""
+    """The model's cache with empty layers for the mirror behind its own. ValueError if another has filled it."""
     if cache is None:
         return None
-    there = len(getattr(cache, "layers", ()))
-    if there == depth and not cache.get_seq_length():
+    if (there := len(getattr(cache, "layers", ()))) == depth and not cache.get_seq_length():
         cache.layers.extend(copy.deepcopy(cache.layers[:1])[0] for _ in range(layers))
     elif there not in (0, depth + layers) or (there == 0 and cache.get_seq_length()):
         raise ValueError("this cache was filled without the shadow, or by another one, and has no keys and values of "
                          "it; begin with an empty cache of the model, or with use_cache=False")  # fmt: skip
+    elif there and cache.layers[depth].get_seq_length() > cache.get_seq_length():
+        raise ValueError("two side networks cannot write into one cache: use one at a time, or use_cache=False")
     return cache
 
 
 def first_state(decoder: Any, backbone: Any, depth: int, args: tuple, kwargs: dict) -> Tensor:
     """What the backbone gives (B, T, D) for what the decoder, of `depth` blocks, is called with."""
-    x = kwargs.get("inputs_embeds")
-    x = decoder.get_input_embeddings()(args[0] if args else kwargs["input_ids"]) if x is None else x
+    if (x := kwargs.get("inputs_embeds")) is None:
+        x = decoder.get_input_embeddings()(args[0] if args else kwargs["input_ids"])
     cache = with_room(kwargs.get("past_key_values"), depth, backbone.config.num_hidden_layers)
     more = {name: kwargs[name] for name in ("attention_mask", "position_ids") if kwargs.get(name) is not None}
     x = x.to(next(backbone.parameters()).dtype)

@@ -1,42 +1,9 @@
-"""Daubechies' wavelets, computed, and the inverse transform in two dimensions, for WaveFT. arXiv:2505.12532."""
+"""The inverse wavelet transform in two dimensions, for WaveFT. arXiv:2505.12532."""
 
 from __future__ import annotations
 
-import math
-from functools import cache
-
 import torch
 from torch import Tensor
-
-
-@cache
-def daubechies(N: int) -> tuple[float, ...]:
-    """The 2N numbers of the low-pass filter dbN; db1 is Haar's (1, 1)/√2.
-
-    The polynomial with these coefficients, highest power first, is √2·((1 + z)/2)ᴺ·Q(z), where on the unit circle
-    |Q|² = P(y) = Σₖ C(N−1+k, k)·yᵏ, k < N, at y = sin²(ω/2) = (2 − z − 1/z)/4. Each zero of P gives two zeros z and 1/z
-    of Q(z)·Q(1/z); Q takes the one inside of the unit circle, so that the energy comes early.
-    Source: Daubechies 1988, doi:10.1002/cpa.3160410705, section 4.
-    """
-    P = [math.comb(N - 1 + k, k) for k in range(N)]
-    companion = torch.zeros(N - 1, N - 1, dtype=torch.double, device="cpu")  # its eigenvalues are the zeros of P
-    if N > 1:
-        companion.diagonal(-1).fill_(1.0)
-        companion[:, -1] = -torch.tensor(P[:-1], dtype=torch.double, device="cpu") / P[-1]
-    filter_ = torch.tensor([1.0 + 0j], dtype=torch.cdouble, device="cpu")
-    for y in torch.linalg.eigvals(companion).tolist() if N > 1 else []:
-        half = 1 - 2 * y
-        z = half + (half * half - 1) ** 0.5
-        filter_ = _times(filter_, z if abs(z) < 1 else 1 / z)
-    for _ in range(N):
-        filter_ = _times(filter_, -1.0)
-    return tuple((filter_.real * math.sqrt(2) / filter_.real.sum()).tolist())
-
-
-def _times(polynomial: Tensor, zero: complex) -> Tensor:
-    """The polynomial times (z − zero), highest power first."""
-    nought = polynomial.new_zeros(1)
-    return torch.cat([polynomial, nought]) - zero * torch.cat([nought, polynomial])
 
 
 def upsampled(low: Tensor, high: Tensor, h: tuple[float, ...]) -> Tensor:

@@ -29,7 +29,7 @@ class AdaLoRA(Adapter):
     """
 
     family = "low-rank"
-    hf_type = "ADALORA"
+    hf_type, hf_patterns = "ADALORA", {}  # its rank_pattern is another thing: which triplets are kept
     hf_hyper = {"r": "init_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "orth": "orth_reg_weight",
                 **{name: name for name in ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2")}}  # fmt: skip
     memory = ("mask", *(f"{kind}_{name}" for kind in ("mean", "spread") for name in NAMES))

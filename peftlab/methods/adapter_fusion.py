@@ -31,7 +31,7 @@ class AdapterFusion(Adapter):
     Source: Pfeiffer et al. 2021, arXiv:2005.00247, section 3.2.
     """
 
-    family = "mixture"
+    family, on_others = "mixture", True
 
     def __init__(self, layer: nn.Module, of: tuple[str, ...] = ()):
         super().__init__(layer)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..core import Adapter
-from ..sites import group
 from ._invocation import Invoked, Watch
 from ._lora import HYPER, PARAMS, Given, begin
+from ._shadow import decoder_only
 
 
 class ALoRA(Adapter):
@@ -46,7 +46,7 @@ class ALoRA(Adapter):
         if getattr(model.config, "is_encoder_decoder", False):
             raise ValueError(f"{type(model).__name__} has an encoder, whose positions see those behind them")
         watch = {"invocation": hyper.get("invocation", ())}
-        return {path: (Watch, watch) for path in group(model, "decoder")} | {path: (cls, hyper) for path in paths}
+        return {path: (Watch, watch) for path in [decoder_only(model)]} | {path: (cls, hyper) for path in paths}
 
     @classmethod
     def share(cls, made):

@@ -26,10 +26,10 @@ class Arrow(Adapter):
     Source: Ostapenko et al. 2024, arXiv:2405.11157; GenKnowSub: Bagherifard et al. 2025, arXiv:2505.10939.
     """
 
-    part_of, family = "LoRA", "mixture"
+    part_of, family, on_others = "LoRA", "mixture", True
 
     def __init__(self, layer: nn.Module, of: tuple[str, ...] = (), top_k: int = 2, temperature: float = 1.0,
-                 general: tuple[str, ...] = ()):  # fmt: skip
+                 general: str | tuple[str, ...] = ()):  # fmt: skip
         super().__init__(layer)
         self.of, self.general = several(of), (general,) if isinstance(general, str) else tuple(general)
         self.needs = (*self.of, *self.general)

@@ -51,6 +51,8 @@ class BDLoRA(Adapter):
         """Each path with its side; the lists of both sides in all of them, as files have it."""
         last = [p for p in paths if ATTENTION_OUTPUT.fullmatch(p) or FFN_OUTPUT.fullmatch(p)]
         bd_a, bd_b = hyper.get("bd_a"), hyper.get("bd_b")
+        if "side" in hyper:
+            raise ValueError(f"side={hyper['side']!r} follows from bd_a and bd_b, layer by layer; leave it out")
         if bd_a is None and bd_b is None:
             bd_a, bd_b = last, [p for p in paths if p not in last]
         sides = {p: "A" * any(w in p for w in bd_a or ()) + "B" * any(w in p for w in bd_b or ()) for p in paths}

@@ -14,9 +14,9 @@ from ._rotations import blockwise, cayley, eye_of
 class BOFT(Adapter):
     """BOFT (butterfly OFT): the input is rotated by a product of sparse rotations, laid out as in the FFT.
 
-    h = s ⊙ (W₀Rᵀx) + b with R = B̃ₘ…B̃₂B̃₁. Each B̃ᵢ is block-diagonal like OFT's, after a fixed permutation: B̃₁ turns
-    within blocks of b neighbours; B̃ᵢ turns half a block together with one 2ⁱ⁻² blocks further on, so that m factors mix
-    2ᵐ⁻¹ blocks, where OFT would need a block 2ᵐ⁻¹ times as large. Each block is Cayley's (I − Q)(I + Q)⁻¹,
+    h = s ⊙ (W₀Rᵀx) + b with R = B̃ₘ…B̃₂B̃₁, where each B̃ᵢ is block-diagonal like OFT's, after a fixed permutation. B̃₁
+    turns within blocks of b neighbours; B̃ᵢ turns half a block together with one 2ⁱ⁻² blocks further on, so that m
+    factors mix 2ᵐ⁻¹ blocks, where OFT would need a block 2ᵐ⁻¹ times as large. Each block is Cayley's (I − Q)(I + Q)⁻¹,
     Q = (A − Aᵀ)/2. A starts at 0 and s at 1, so training starts at the base. s ⊙ is HF PEFT's; files have it.
 
     boft_block_size: b, even if m > 1. boft_block_num: the number of blocks instead. boft_n_butterfly_factor: m.

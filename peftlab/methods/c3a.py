@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Adapter
-from ..layers import shape_of
+from ..layers import shape_of, wide
 from ..sites import at, bare
 
 
@@ -29,7 +29,7 @@ class C3A(Adapter):
 
     family = "spectral and structured"
     hf_type = "C3A"
-    hf_hyper = {"block_size": "block_size"}
+    hf_hyper, hf_patterns = {"block_size": "block_size"}, {"block_size": "block_size_pattern"}
 
     def __init__(self, layer: nn.Module, block_size: int | None = None):
         super().__init__(layer)
@@ -56,7 +56,7 @@ class C3A(Adapter):
 
     def delta(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         b = self.c3a_kernel.shape[-1]
-        pieces = torch.fft.rfft(x.unflatten(-1, (-1, b)))  # (..., in/b, b/2 + 1)
-        w = torch.fft.rfft(self.c3a_kernel).conj()  # (out/b, in/b, b/2 + 1)
+        pieces = torch.fft.rfft(wide(x).unflatten(-1, (-1, b)))  # (..., in/b, b/2 + 1)
+        w = torch.fft.rfft(wide(self.c3a_kernel)).conj()  # (out/b, in/b, b/2 + 1)
         blocks = torch.fft.irfft(torch.einsum("...nf,mnf->...mf", pieces, w), n=b)
         return blocks.flatten(-2) / x.shape[-1]

@@ -29,6 +29,7 @@ class DeLoRA(Adapter):
     family = "low-rank"
     hf_type = "DELORA"
     hf_hyper = {"r": "r", "strength": "delora_lambda", "dropout": "module_dropout"}
+    hf_patterns = {"r": "rank_pattern", "strength": "lambda_pattern"}
 
     def __init__(self, layer: nn.Module, r: int = 8, strength: float = 15, dropout: float = 0.0):
         super().__init__(layer)

@@ -26,7 +26,7 @@ class FishMask(Adapter):
     Source: Sung et al. 2021, arXiv:2111.09839.
     """
 
-    family = "selective and sparse"
+    family, hf_patterns = "selective and sparse", {"k": "k_pattern"}
     places: Tensor
 
     def __init__(self, layer: nn.Module, k: int = 0):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Adapter
-from ..layers import device_of, shape_of
+from ..layers import device_of, shape_of, wide
 from ._spectrum import one_for_all, places, spread
 
 USUAL = 1000
@@ -28,7 +28,7 @@ class FourierFT(Adapter):
     """
 
     family = "spectral and structured"
-    hf_type = "FOURIERFT"
+    hf_type, hf_patterns = "FOURIERFT", {"n": "n_frequency_pattern"}
     hf_hyper = {"n": "n_frequency", "scaling": "scaling", "seed": "random_loc_seed"}
 
     def __init__(self, layer: nn.Module, n: int | None = None, scaling: float = 150, seed: int = 777):
@@ -51,8 +51,8 @@ class FourierFT(Adapter):
 
     def change_of_weight(self) -> Tensor:
         """ΔW (out, in)"""
-        S = spread(self.fourierft_spectrum, self.where, *shape_of(self.layer))
-        return self.scaling * torch.fft.ifft2(S).real
+        S = spread(wide(self.fourierft_spectrum), self.where, *shape_of(self.layer))
+        return self.scaling * torch.fft.ifft2(S).real.to(self.fourierft_spectrum.dtype)
 
     def delta(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return x @ self.change_of_weight().T

@@ -14,9 +14,10 @@ from ._shared import Frozen, Held, agree, keep, seeded
 class FRoD(Adapter):
     """FRoD: layers of one kind share a basis; in it, each trains its scales, and a few turns from one axis to another.
 
-    W₀ = U·Λ₀·Vᵀ becomes U·(Λ + S)·Vᵀ. V (in, in) is one for all layers of a kind (all q_proj, say), made from their
-    weights; the columns of U (out, in) have length 1, and Λ₀ (in) is what is left. Λ and S are trained: Λ from Λ₀, and
-    S (in, in) from zero at a few random places off its diagonal, the same for a kind. So training starts at the base.
+    W₀ = U·Λ₀·Vᵀ becomes U·(Λ + S)·Vᵀ, where V (in, in) is one for all layers of a kind (all q_proj, say), made from
+    their weights; the columns of U (out, in) have length 1, and Λ₀ (in) is what is left. Λ and S are trained: Λ from
+    Λ₀, and S (in, in) from zero at a few random places off its diagonal, the same for a kind. So training starts at the
+    base.
 
     The change is Δ(x) = U·(Λ − Λ₀ + S)·Vᵀ·x. Memory: V, in² numbers a kind, and U, as many as the weight, in float32:
     on a base in four bits eight times what it takes. Neither U nor Λ₀ is in the file: they follow from V and W₀.

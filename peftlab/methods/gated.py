@@ -29,7 +29,7 @@ class Gated(Adapter):
     Source: Mao et al. 2022, arXiv:2110.07577, section 3.2.
     """
 
-    family = "mixture"
+    family, on_others = "mixture", True
 
     def __init__(self, layer: nn.Module, of: str = "", reads: str = "input"):
         super().__init__(layer)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Adapter
-from ..layers import shape_of
+from ..layers import shape_of, wide
 
 
 class HRA(Adapter):
@@ -51,7 +51,7 @@ class HRA(Adapter):
 
     def reflected(self, x: Tensor) -> Tensor:  # (..., in) -> (..., in)
         if self.apply_GS:
-            U = torch.linalg.qr(self.hra_u).Q
+            U = torch.linalg.qr(wide(self.hra_u)).Q.to(x.dtype)
             return x - 2 * (x @ U) @ U.T
         # rows: equal planes must have equal norms to the last bit, which sums over columns may not give
         units = nn.functional.normalize(self.hra_u.T.contiguous(), dim=1)

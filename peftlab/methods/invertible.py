@@ -15,8 +15,8 @@ from ._bottleneck import bottleneck_width, down_and_up
 class Invertible(Adapter):
     """Invertible adapter (MAD-X): token vectors are mapped on their way in, and mapped back before the output head.
 
-    Behind the embedding, with its vector e cut in halves e₁ and e₂:   o₁ = e₁ + F(e₂),  o₂ = e₂ + G(o₁)
-    Before the head, the exact inverse of the same map:                e₂ = o₂ − G(o₁),  e₁ = o₁ − F(e₂)
+    Behind the embedding, with its vector e cut in halves e₁ and e₂:   o₁ = e₁ + F(e₂),  o₂ = e₂ + G(o₁).
+    Before the head, the exact inverse of the same map:                e₂ = o₂ − G(o₁),  e₁ = o₁ − F(e₂).
     F and G are bottlenecks, x ↦ W_up·relu(W_down·x + c) + c′, with any F and G the pair can be undone: NICE's coupling.
     W_up starts at zero, so training starts at the base. The paper trains it with a bottleneck in each block, on text
     of a new language. A model without a tied or other head for words (a classifier) has the way in only.
@@ -44,11 +44,14 @@ class Invertible(Adapter):
     def plan(cls, model, paths, hyper):
         """The embedding, other tables that share its weight (T5 has three), and the head."""
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        table, weights = model.get_input_embeddings(), [getattr(bare(at(model, p)), "weight", None) for p in paths]
+        known = [id(bare(m).weight) for m in (table, head) if m is not None]
+        if odd := [p for p, w in zip(paths, weights, strict=True) if id(w) not in known]:
+            raise ValueError(f"{odd[0]!r} is no table of token vectors; leave targets out")
+        if known[0] not in map(id, weights):
+            raise ValueError(f"{paths[0]!r} is the way back alone, without the way in; leave targets out")
         found = {tied for path in paths for tied in (path, *ties(model, path))}
         found |= {path for path, site in sites(model).items() if head is not None and bare(site) is bare(head)}
-        there = {path: bare(at(model, path)) for path in found}
-        if odd := [p for p, site in there.items() if not isinstance(site, nn.Embedding) and not is_linear(site)]:
-            raise ValueError(f"{odd[0]!r} is no table of token vectors; leave targets out")
         return {path: (cls, hyper) for path in sorted(found)}
 
     @classmethod

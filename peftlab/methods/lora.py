@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..core import Adapter
 from ..layers import shape_of
+from ._parameters import plan_parameters
 
 
 class LoRA(Adapter):
@@ -20,8 +21,8 @@ class LoRA(Adapter):
     An initialisation that begins at B₀, A₀ subtracts it: h = W₀x + (α/r)·(B·A − B₀·A₀)·x, with W₀ as it was.
 
     r: rank, 1 to min(in, out). alpha: α, the numerator of the scale. dropout: probability, on the adapter's input only.
-    Trained: r·(in + out) parameters a layer, and out with `lora_bias`. Raises ValueError for a rank or a dropout out of
-    range.
+    targets may also name parameters that no layer owns, as experts in one tensor (E, out, in): each W has its A and B.
+    Trained: r·(in + out) for each W, and out with `lora_bias`. Raises ValueError for a rank or a dropout out of range.
     Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; rslora: Kalajdzievski 2023, arXiv:2312.03732, theorem 3.2.
     """
 
@@ -30,11 +31,11 @@ class LoRA(Adapter):
     hf_hyper = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "rslora": "use_rslora",
                 "lora_bias": "lora_bias"}  # fmt: skip
     hf_params = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "c": "lora_B.bias"}
+    hf_ignored, loose = frozenset({"target_parameters"}), True  # see formats/parameters.py
+    plan = classmethod(plan_parameters)  # type: ignore[assignment]
 
-    def __init__(
-        self, layer: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, rslora: bool = False,
-        lora_bias: bool = False,
-    ):  # fmt: skip
+    def __init__(self, layer: nn.Module, r: int = 8, alpha: float = 16, dropout: float = 0.0, rslora: bool = False,
+                 lora_bias: bool = False):  # fmt: skip
         super().__init__(layer)
         out_features, in_features = shape_of(layer)
         if not 1 <= r <= min(in_features, out_features):

@@ -25,7 +25,7 @@ class LoRASoup(Adapter):
     Source: Prabhakar et al. 2024, "LoRA soups", arXiv:2410.13025.
     """
 
-    family = "mixture"
+    family, on_others = "mixture", True
 
     def __init__(self, layer: nn.Module, of: tuple[str, ...] = ()):
         super().__init__(layer)

@@ -29,8 +29,8 @@ class MixLoRA(Adapter):
         super().__init__(layer)
         shapes = linear_inside(layer)
         if not shapes or r < 1 or not 2 <= top_k <= experts:
-            raise ValueError(f"r={r}, {top_k} of {experts} experts: needs r ≥ 1, linear layers inside, and two experts "
-                             "or more a token: with one, w = 1 teaches R nothing")  # fmt: skip
+            raise ValueError(f"r={r}, top_k={top_k} of experts={experts}: needs r ≥ 1, linear layers inside, and two "
+                             "experts or more a token: with one, w = 1 teaches R nothing")  # fmt: skip
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         for path, (out_features, in_features) in shapes.items():
             self.lora_A[key(path)] = nn.Parameter((2 * torch.rand(experts, r, in_features) - 1) / in_features**0.5)

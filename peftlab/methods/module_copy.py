@@ -16,7 +16,8 @@ class ModuleCopy(Adapter):
     y = f′(x), with f′ the copy; the frozen module stays, so the copy is switched, mixed, merged like any adapter.
     The copy of a quantised layer is dense. Trained: every parameter of the module.
     In HF PEFT's files: `modules_to_save`, beside any other method.
-    Source: modules_to_save of HF PEFT, docs of LoraConfig; its use for heads: Hu et al. 2021, arXiv:2106.09685, 5.1.
+    Source: modules_to_save of HF PEFT, docs of LoraConfig; a head beside adapters: Houlsby et al. 2019,
+    arXiv:1902.00751, figure 2.
     """
 
     family = "selective and sparse"

@@ -1,4 +1,4 @@
-"""MonteCLoRA: a LoRA whose A is a distribution while it learns. Seth et al. 2024, arXiv:2411.04358."""
+"""MonteCLoRA: a LoRA whose A is a distribution while it learns. Sengupta et al. 2024, arXiv:2411.04358."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MonteCLoRA(Adapter):
     samples: n. noise: ε. kl: κ. prior: concentration of w's prior. Each pass draws n·r·in numbers a layer.
     Trained: r·(in + out) + r + n. Raises ValueError for a rank, samples or a prior out of range.
     HF PEFT 0.21 has a plus in the Dirichlet's KL where a minus belongs, so that it can be below zero.
-    Source: Seth et al. 2024, arXiv:2411.04358, section 4.
+    Source: Sengupta et al. 2024, arXiv:2411.04358, section 4.
     """
 
     family = "low-rank"

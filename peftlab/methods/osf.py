@@ -39,7 +39,7 @@ class OSF(Adapter):
     """
 
     family = "orthogonal"
-    hf_type = "OSF"
+    hf_type, hf_patterns = "OSF", {"effective_rank": "rank_pattern"}
     hf_hyper = {"effective_rank": "effective_rank"}
     hf_params = {name: f"osf_svd_params.{name}" for name in ("U_low", "S_low", "V_low")}
 

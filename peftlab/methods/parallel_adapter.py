@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..core import Adapter
-from ._bottleneck import ACTIVATIONS, bottleneck_width, checked_activation, down_and_up, site_shape
+from ._bottleneck import ACTIVATIONS, bottleneck_width, check_network, checked_activation, down_and_up, site_shape
 
 
 class ParallelAdapter(Adapter):
@@ -29,6 +29,7 @@ class ParallelAdapter(Adapter):
         scale: float | str = 4.0,
     ):  # fmt: skip
         super().__init__(layer)
+        check_network(layer)
         out_features, in_features = site_shape(layer)
         b = bottleneck_width(out_features, reduction, bottleneck)
         self.down, self.up = down_and_up(in_features, b, out_features)

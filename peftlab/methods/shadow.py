@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..core import Adapter
 from ..sites import _takes, group
 from ._blocks import hidden, width_of
-from ._shadow import decoder_only, first_state, freeze, mirrored
+from ._shadow import first_state, freeze, mirrored, with_blocks
 
 
 class Shadow(Adapter):
@@ -26,7 +26,7 @@ class Shadow(Adapter):
     Source: Li et al. 2026, arXiv:2604.19254, sections 3.2 and 3.3.
     """
 
-    family, hf_type, targets, mixes = "side network", "SHADOW", "all-blocks", False
+    family, hf_type, hf_patterns, targets, mixes = "side network", "SHADOW", {}, "all-blocks", False
     hf_hyper = {"r": "r", "alpha": "shadow_alpha", "dropout": "shadow_dropout", "layers": "shadow_num_hidden_layers",
                 "update": "update_hidden_size"}  # fmt: skip
 
@@ -47,7 +47,7 @@ class Shadow(Adapter):
 
     @classmethod
     def plan(cls, model, paths, hyper):
-        return {p: (cls, hyper) for p in dict.fromkeys((decoder_only(model), *paths))}
+        return {p: (cls, hyper) for p in with_blocks(model, paths)}
 
     @classmethod
     def share(cls, made) -> None:

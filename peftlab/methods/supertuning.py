@@ -24,7 +24,7 @@ class SuperTuning(Adapter):
     Each pass fills the dense ΔW, as SHiRA does. alpha: α, by default 2·r. dropout: of A's input alone.
     Trained: ⌊(1 − sparsity)·out·in⌋, and r·(in + out). Raises ValueError for a sparsity that leaves nothing to train
     or is not in 0…1, an r below 1, or an alpha without r.
-    Source: "Super-Tuning", 2026, arXiv:2607.09287, as HF PEFT's docs of SupertuningConfig describe it.
+    Source: Ilin, Zmushko and Richtárik 2026, arXiv:2607.09287, as HF PEFT's docs of SupertuningConfig describe it.
     """
 
     family = "selective and sparse"

@@ -20,7 +20,8 @@ class SVFT(Adapter):
 
     Memory: U and V, n·(in + out) frozen numbers a layer: more than the weight itself. They are computed again from the
     base when a file is read, which must be the very same, packed in four bits or not. off_diagonals: d, 0 to n − 1.
-    Trained: n·d + (n − d)·(d + 1). Raises ValueError for d out of range. Source: Lingam et al. 2024, arXiv:2405.19597.
+    Trained: n·d + (n − d)·(d + 1). Raises ValueError for d out of range.
+    Source: Lingam et al. 2024, arXiv:2405.19597, section 3.1.
     """
 
     family = "shared and vector-based"

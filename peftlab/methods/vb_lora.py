@@ -17,7 +17,7 @@ from ._shared import agree, keep
 class VBLoRA(Adapter):
     """VB-LoRA: LoRA, whose factors are cut into pieces of length b, each a mixture of k vectors of one shared bank.
 
-    h = W₀x + B·A·x. Each piece of A (r, in) and B (out, r) is Σⱼ wⱼ·αⱼ, over the k vectors α of the bank (h, b) with
+    h = W₀x + B·A·x, each piece of A (r, in) and B (out, r) being Σⱼ wⱼ·αⱼ over the k vectors α of the bank (h, b) with
     the largest of the piece's h logits σ, and w = softmax of these k. Bank and logits are trained. The bank starts
     uniform in ±0.02 and the logits normal with deviation 0.1, so training starts close to the base, not at it.
 
@@ -41,7 +41,7 @@ class VBLoRA(Adapter):
         if b < 1 or common % b:
             raise ValueError(f"vector_length={b} does not divide {out_features}×{in_features}; divisors of {common} do")
         if r < 1 or not 1 <= topk <= h:
-            raise ValueError(f"r={r} must be at least 1, and topk={topk} in 1…{h}, the number of vectors")
+            raise ValueError(f"r={r} must be at least 1, and topk={topk} in 1…{h}, num_vectors")
         self.vblora_logits_A = nn.Parameter(0.1 * torch.randn(r, in_features // b, h))
         self.vblora_logits_B = nn.Parameter(0.1 * torch.randn(out_features // b, r, h))
         self.vblora_vector_bank = nn.Parameter(torch.empty(h, b).uniform_(-0.02, 0.02))

@@ -13,8 +13,8 @@ from ._lora import PARAMS, Given, begin, entries
 class VeLoRA(Adapter):
     """VeLoRA: between the passes, an input is kept as its shadow on one vector v in each of G groups of features.
 
-    h = W₀x + (α/r)·B·A·x as in LoRA. For A's gradient Σ g·xᵀ each token x is kept as z = (x₁·v, …, x_G·v), G numbers in
-    place of in. On the way back x is taken for (z₁v, …, z_Gv), so A's gradient is λ·(Σ g·zᵀ) ⊗ v; all others are exact.
+    h = W₀x + (α/r)·B·A·x as in LoRA; but for A's gradient, λ·(Σ g·zᵀ) ⊗ v here, a token x is kept as z = (x₁·v, …,
+    x_G·v), G numbers in place of in. On the way back x is taken for (z₁v, …, z_Gv). All other gradients are exact.
 
     v (⌈in/G⌉,), of length 1, by `start`: "batch_average_once", the mean group of the first batch, as in the paper;
     "batch_average", that of each batch; "random". groups: G, more of them are nearer to the gradient and keep more.
@@ -70,8 +70,8 @@ class Shadow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, A: Tensor, parts: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(parts @ v, A, scale * v)
-        return x @ A.T
+        ctx.save_for_backward((parts @ v).to(x.dtype), A, scale * v)  # autocast makes 16 bits of products
+        return (x @ A.T).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g: Tensor):

@@ -25,7 +25,7 @@ class XLoRA(Adapter):
     Source: Buehler & Buehler 2024, arXiv:2402.07148.
     """
 
-    targets, mixes, hf_type, family = "decoder", False, "XLORA", "mixture"
+    targets, mixes, on_others, hf_type, family = "decoder", False, True, "XLORA", "mixture"
     hf_hyper = {"layerwise": "layerwise_scalings", "depth": "xlora_depth", "width": "xlora_size",
                 "dropout": "xlora_dropout_p", "softmax": "enable_softmax", "temperature": "softmax_temperature",
                 "top_k": "top_k_lora", "topk_softmax": "enable_softmax_topk",

@@ -21,13 +21,18 @@ class Pair(NamedTuple):
     s: float
 
 
-def pairs(model: nn.Module) -> list[Pair]:
+def pairs(model: nn.Module, of_experts: bool = False) -> list[Pair]:
     """The A and B of every adapter that has both and trains its B. ValueError if there is none.
 
     LoRA, and methods built on it (DoRA, AdaLoRA), for which what is derived for s·B·A holds only nearly.
+    of_experts: LoRA on parameters too, with A (E, r, in) and B (E, out, r); else ValueError if there is one.
     """
-    found = [a for there in adapters(model).values() for a in there.values() if hasattr(a, "lora_B")]
+    here = [a for there in adapters(model).values() for a in there.values()]
+    found = [a for whole in here for a in (whole, *getattr(whole, "each", {}).values()) if hasattr(a, "lora_B")]
     trained = [Pair(a.lora_A, a.lora_B, a.scaling) for a in found if a.lora_B.requires_grad]
+    if not of_experts and any(pair.B.dim() > 2 for pair in trained):
+        raise ValueError("this is derived for one A and B a layer, and a LoRA on the parameters of experts has many; "
+                         "freeze(model, its name), or attach LoRA to layers alone")  # fmt: skip
     if not trained:
         raise ValueError("no adapter with a trained A and B is attached; call attach(model, LoRA, …) first")
     return trained

@@ -7,12 +7,14 @@ import random
 import torch
 from torch import nn
 
+from ..hyper import checks
 from ._blocks import BlockAdamW, blocks_of
 from ._pairs import Maker
 
 ORDERS = ("random", "ascending", "descending")
 
 
+@checks
 def badam(model: nn.Module, lr: float, every: int = 50, order: str = "random", weight_decay: float = 0.0,
           seed: int = 0) -> Maker:  # fmt: skip
     """Block coordinate descent with Adam: K steps on one block, all else frozen, then the next; Adam begins anew.

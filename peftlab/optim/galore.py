@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import find_targets
+from ..hyper import checks
 from ..sites import at, bare
 from ._pairs import Maker, adam, refuse
 
@@ -42,11 +43,12 @@ class GaLore(torch.optim.AdamW):
         super().step()
 
 
+@checks
 def galore(model: nn.Module, lr: float, r: int = 128, every: int = 200, scale: float = 0.25,
            weight_decay: float = 0.0) -> Maker:  # fmt: skip
     """Full fine-tuning of linear layers (`pl.full_finetuning`) with Adam's moments in a subspace of rank r.
 
-        G (m, n), m ≤ n:    R = Pᵀ·G,    N = Adam(R),    W ← W − η·α·P·N
+        R = Pᵀ·G,    N = Adam(R),    W ← W − η·α·P·N    with G (m, n) the gradient, m ≤ n
 
     P (m, r) are the leading left singular vectors of the gradient at every T-th step (for m > n, the right ones on the
     other side). One step is of rank r; their sum is not, since P moves. The moments are kept when it does.

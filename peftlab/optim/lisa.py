@@ -7,10 +7,12 @@ import random
 import torch
 from torch import nn
 
+from ..hyper import checks
 from ._blocks import BlockAdamW, blocks_of
 from ._pairs import Maker
 
 
+@checks
 def lisa(model: nn.Module, lr: float, blocks: int = 2, every: int = 10, weight_decay: float = 0.0,
          seed: int = 0) -> Maker:  # fmt: skip
     """Train embeddings, final norm and head always, and of the blocks between them γ, drawn anew every K steps.

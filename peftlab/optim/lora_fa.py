@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..hyper import checks
 from ._pairs import Maker, Pair, among, inverse, pairs, refuse
 
 
@@ -25,6 +26,7 @@ class LoRAFA(torch.optim.AdamW):
         super().step()
 
 
+@checks
 def lora_fa(model: nn.Module, lr: float, weight_decay: float = 0.0) -> Maker:
     """Freeze every A; train B by AdamW on its corrected gradient.
 

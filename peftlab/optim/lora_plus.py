@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..hyper import checks
 from ._pairs import Maker, pairs
 
 
+@checks
 def lora_plus(model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0) -> Maker:
     """AdamW with two learning rates: η for A, λ·η for B.
 
@@ -21,7 +23,7 @@ def lora_plus(model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: fl
     """
     if ratio <= 0:
         raise ValueError(f"ratio={ratio!r} must be positive: 16 is the paper's, 1 is AdamW")
-    B = {id(pair.B) for pair in pairs(model)}
+    B = {id(pair.B) for pair in pairs(model, of_experts=True)}
 
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         flat = [p for p in parameters if p.ndim == 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..hyper import checks
 from ._pairs import Maker, Pair, adam, among, inverse, products, refuse
 
 DAMPING = 1e-8  # on BᵀB and AAᵀ, of the authors' code: B begins at zero
@@ -52,6 +53,7 @@ class LoRAPro(torch.optim.AdamW):
         super().step()
 
 
+@checks
 def lora_pro(model: nn.Module, lr: float, weight_decay: float = 0.0) -> Maker:
     """Train LoRA by the steps that full fine-tuning would take, each replaced by the nearest that B·A can follow.
 

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..hyper import checks
 from ._pairs import Maker, Pair, adam, among, products, refuse
 
 
+@checks
 def jagged(restarts: int, warmup: float = 0.1) -> Callable[[float], float]:
     """For `pl.train(schedule=…, warmup=0)`: a cosine that falls to zero at each restart and climbs back at once.
 
@@ -60,6 +62,7 @@ class ReLoRA(torch.optim.AdamW):
         group["taken"] += 1
 
 
+@checks
 def relora(model: nn.Module, lr: float, every: int, r: int, keep: float = 0.01, weight_decay: float = 0.0) -> Maker:
     """Train a LoRA of rank R as R/r LoRAs of rank r, each for T steps, on top of the ones before it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..hyper import checks
 from ._pairs import Maker, Pair, among, inverse, pairs, refuse
 
 
@@ -27,6 +28,7 @@ class ScaledAdamW(torch.optim.AdamW):
         super().step()
 
 
+@checks
 def riemannian(model: nn.Module, lr: float, reg: float = 1e-2, weight_decay: float = 0.0) -> Maker:
     """AdamW after a preconditioner of r×r for each factor of LoRA.
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
+import textwrap
 
 HELP = "list the whole field: equation, count formula, paper, abilities"
 MARKS = (("starts", "S", "starts at the base"), ("merges", "M", "merges into the weights"),
          ("mixes", "B", "runs in mixed batches"), ("reads", "W", "reads the dense weight"),
-         ("data", "D", "needs data to begin"), ("reference", "R", "compared with HF PEFT"))  # fmt: skip
+         ("data", "D", "needs data to begin"))  # fmt: skip
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,27 +45,49 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _marks(can: dict) -> str:
-    return "".join(letter if can.get(key) else "·" for key, letter, _ in MARKS)
+    from ..catalogue import reference_mark
+
+    return "".join(letter if can.get(key) else "·" for key, letter, _ in MARKS) + (reference_mark(can) or "·")
 
 
 def _table(found: list) -> str:
-    wide = max(len(e.name) for e in found)
-    lines, family = [], None
+    width = shutil.get_terminal_size((100, 24)).columns
+    key = "; ".join(f"{letter} {words}" for _, letter, words in MARKS)
+    lines = textwrap.wrap(
+        f"{len(found)} in all. {key}; R compared with HF PEFT in files both ways, outputs and gradients (or with its "
+        "function), r in part. Then the equation, and in brackets the numbers that one site trains. "
+        "`python -m peftlab methods NAME` shows one in full.", width)  # fmt: skip
+    wide, family = max(len(e.name) for e in found), None
     for e in found:
         if e.family != family:
             family = e.family
             lines += ["", family.upper()]
-        lines.append(f"  {e.name:<{wide}}  {e.year or '':>4}  {_marks(e.can)}  {e.what}")
-        if e.equation or e.count:
-            lines.append(f"  {'':<{wide}}        {e.equation}{f'   [{e.count}]' if e.count else ''}")
-    key = ", ".join(f"{letter} {words}" for _, letter, words in MARKS)
-    return "\n".join([f"{len(found)} in all. {key}; in brackets what a layer trains.", *lines])
+        lines += _wrapped(f"  {e.name:<{wide}}  {e.year or '':>4}  {_marks(e.can)}  ", e.what, width)
+        for text in (e.equation, f"[{e.count}]" if e.count else ""):
+            lines += _wrapped(" " * 4, text, width)
+    return "\n".join(lines)
+
+
+def _wrapped(head: str, text: str, width: int) -> list[str]:
+    """The text behind `head`, its further lines below its first one; a formula with no blank in it stays whole."""
+    indent = " " * min(len(head), width // 3)
+    return textwrap.wrap(text, max(width, 40), initial_indent=head, subsequent_indent=indent, break_long_words=False,
+                         break_on_hyphens=False)  # fmt: skip
 
 
 def _one(e) -> str:
-    able = [f"{'yes' if e.can.get(key) else 'no':<4} {words}" for key, _, words in MARKS]
-    parts = [f"{e.name}: {e.what}.", f"family    {e.family}", f"equation  {e.equation}"]
-    parts += [f"count     {e.count}"] if e.count else []
-    parts += [f"source    {e.source}"] + ([f"          {e.link}"] if e.link else [])
-    parts += [f"file      peftlab/{e.file}, {e.lines} lines"] + ([f"HF PEFT   {e.hf_type}"] if e.hf_type else [])
-    return "\n".join([*parts, "", *(able if e.can else [])]).rstrip()
+    from ..catalogue import compared_in_words
+
+    width = shutil.get_terminal_size((100, 24)).columns
+    rows = [("family", e.family), ("equation", e.equation), ("count", e.count), ("source", e.source),
+            ("", e.link or ""), ("file", f"peftlab/{e.file}, {e.lines} lines"),
+            ("HF PEFT", e.hf_type or "")]  # fmt: skip
+    there = e.can.get("reference", {})
+    if there:
+        tests = sorted({test for found in there.values() for test in found})
+        rows.append(("compared", f"{compared_in_words(there)} (in tests/{', tests/'.join(tests)})"))
+    lines = _wrapped("", f"{e.name}: {e.what}.", width)
+    for name, text in rows:
+        lines += _wrapped(f"{name:<10}", text, width)
+    able = [f"{'yes' if e.can[key] else 'no':<4} {words}" for key, _, words in MARKS if key in e.can]
+    return "\n".join([*lines, "", *able]).rstrip()

@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
     from ..store import INDEX, Store
 
     folders = dict(map(_named, args.adapter))
+    if args.cache < 1:
+        raise ValueError(f"--cache {args.cache}: keep one adapter at least")
     try:
         from ..server import serve
 

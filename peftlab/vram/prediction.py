@@ -352,6 +352,9 @@ def _in_words() -> Any:
         if any(word in str(error) for word in ("overflow", "too large", "exceeds")):
             raise ValueError(f"tensors of this size cannot exist ({str(error).splitlines()[0]}); take fewer rows or "
                              "tokens") from None  # fmt: skip
+        if "Expected inputs of BF16 type" in str(error):  # of torch's grouped_mm, where it has no numbers
+            raise ValueError("experts are predicted in bfloat16 alone (dtype='bfloat16', or the model so); measure "
+                             "them in another dtype (pl.vram.measure)") from None  # fmt: skip
         raise
 
 
