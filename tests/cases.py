@@ -105,14 +105,17 @@ CASES: dict[str, Case] = {
     "BEFT": Case(shake=0.2),
     "LoReFT": Case(targets=None, hyper=dict(r=3), affine="no weight can stand for", shake=0.3),
     "DiReFT": Case(targets=None, hyper=dict(r=3), affine="no weight can stand for", shake=0.3),
+    "NoReFT": Case(targets=None, hyper=dict(r=3), affine="no weight can stand for", shake=0.3),
     "RED": Case(targets=None, shake=0.2),
     "DiffPruning": Case(hyper=dict(structured=False, alpha=1.0), shake=0.2),  # a gate for all is often shut
     "FishMask": Case(hyper=dict(k=90), shake=0.3),
     "SAID": Case(hyper=dict(d=60), shake=0.3),
     # side networks and late bottlenecks; AdaMix's file holds the average, a Pfeiffer
     "LadderSide": Case(targets=None, hyper=dict(bottleneck=4), affine="no weight can stand for", shake=0.3),
+    "SideTuning": Case(targets=None, identity=False, affine="no weight can stand for"),
     "Shadow": Case(targets=None, hyper=dict(r=4, dropout=0.0), affine="no weight can stand for", shake=0.5),
     "AdapterPlus": Case(targets=None, hyper=dict(bottleneck=4), affine="no weight can stand for", shake=0.3),
+    "BapnaFirat": Case(targets=None, hyper=dict(bottleneck=4), affine="no weight can stand for", shake=0.3),
     "Invertible": Case(targets=None, affine="no weight can stand for", shake=0.2),
     "AdaMix": Case(hyper=dict(M=3, bottleneck=4), affine="not an affine map", shake=0.3, same_hyper=False),
     "HyperFormer": Case(
@@ -124,6 +127,7 @@ CASES: dict[str, Case] = {
     "OSF": Case(shake=0.05),
     # vectors around shared random matrices; those whose factors are made of one trained bank start beside the base
     "VeRA": Case(hyper=dict(r=16), shake=0.2),
+    "DVoRA": Case(hyper=dict(r=16), shake=0.2),
     "PVeRA": Case(hyper=dict(r=16), shake=0.2),
     "RandLoRA": Case(hyper=dict(r=8, alpha=16), shake=0.1),
     "VBLoRA": Case(hyper=dict(r=2, num_vectors=8, vector_length=8), identity=False, shake=0.3),

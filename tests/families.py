@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 import peftlab as pl
@@ -82,6 +83,15 @@ def labels(family: str, batch: dict) -> torch.Tensor:
     if family == "bert":
         return torch.arange(len(batch["input_ids"])) % 3
     return batch["decoder_input_ids"] if family == "t5" else batch["input_ids"]
+
+
+def check_refused(said: str, method: str, targets: str | None = None, **hyper) -> None:
+    """Attaching the method to a tiny Llama raises a ValueError that says so, and the model is as it was."""
+    model = build("llama")
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=said):
+        pl.attach(model, method, targets, **hyper)
+    assert not pl.hosts(model) and list(model.state_dict()) == before
 
 
 def shake(module: torch.nn.Module, scale: float = 0.1, seed: int = 1) -> None:
@@ -160,6 +170,12 @@ def scripts(*names):
             sys.modules.pop(name, None)
             if module is not None:
                 sys.modules[name] = module
+
+
+def script(name):
+    """One file of benchmarks/ as a module, own copy."""
+    with scripts(name) as (module,):
+        return module
 
 
 def tiny_experiment(monkeypatch, classic, **sizes):

@@ -19,7 +19,15 @@ SETTINGS = {
     "dropout": dict(r=4, alpha=8, dropout=0.3),
     "patterns": dict(r=4, alpha=8, rank_pattern={r".*\.1\..*": 2}, alpha_pattern={r".*\.0\..*": 3}),
 }
+VARIANTS = {"rslora": "rslora", "patterns": "rank_pattern"}
 HEADS = {"bert": "classifier", "llama": "lm_head", "qwen3": "lm_head", "mistral": "lm_head", "qwen2": "lm_head"}
+
+
+def settings(*what: str):
+    """Each setting as a case that says what it compares: LoRA, and the variant that is switched on in it."""
+    names = {s: f"LoRA, {VARIANTS[s]}" if s in VARIANTS else "LoRA" for s in SETTINGS}
+    cases = [pytest.param(setting, marks=pytest.mark.reference(name, *what)) for setting, name in names.items()]
+    return pytest.mark.parametrize("setting", cases)
 
 
 def logits(model, family):
@@ -37,7 +45,7 @@ def targets(family: str) -> list[str]:
     return TARGETS[family].split("|")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@settings("writes")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_reads_ours(family, setting, tmp_path):
     base = build(family)
@@ -52,14 +60,14 @@ def test_the_reference_reads_ours(family, setting, tmp_path):
     torch.testing.assert_close(logits(theirs, family), ours, **CLOSE)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@settings("reads")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ours_reads_the_reference(family, setting, tmp_path):
     base = build(family)
     heads = [HEADS[family]] if family in HEADS else None
     task = "SEQ_CLS" if family == "bert" else None
-    settings = names(SETTINGS[setting])
-    config = peft.LoraConfig(target_modules=targets(family), modules_to_save=heads, task_type=task, **settings)
+    hyper = names(SETTINGS[setting])
+    config = peft.LoraConfig(target_modules=targets(family), modules_to_save=heads, task_type=task, **hyper)
     reference = peft.get_peft_model(copy.deepcopy(base), config).eval()
     for name, module in reference.named_modules():
         if name.rsplit(".", 2)[-2:-1] in (["lora_A"], ["lora_B"], ["modules_to_save"]):
@@ -83,6 +91,7 @@ def test_heads_trained_here_are_read_there(family, tmp_path):
     torch.testing.assert_close(logits(theirs, family), logits(model, family), **CLOSE)
 
 
+@pytest.mark.reference("LoRA", "gradients")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_agree(family, tmp_path):
     base = build(family)

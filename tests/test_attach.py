@@ -42,7 +42,7 @@ def test_wrong_targets(targets, said):
     ("hyper", "error", "said"),
     [
         (dict(r=0), ValueError, "rank r=0"),
-        (dict(r=-1), ValueError, "rank r=-1"),
+        (dict(r=-1), ValueError, "LoRA: r=-1 must be at least 0"),
         (dict(r=33), ValueError, r"'model.layers.0.self_attn.q_proj': rank r=33 is not in 1…32"),
         (dict(rank=4), TypeError, "no hyper-parameter 'rank'.*It takes: r, alpha"),
         (dict(dropout=1.5), ValueError, "dropout"),

@@ -20,6 +20,14 @@ def test_runs_as_a_module_and_says_what_it_can():
     assert wrong.returncode == 2 and "invalid choice: 'cuont'" in wrong.stderr
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    listing = subprocess.Popen([sys.executable, "-m", "peftlab", "methods"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    listing.stdout.close()  # what `| head` does
+    assert listing.stderr.read() == "" and listing.wait() == 0
+    listing.stderr.close()
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_is_complete(verb, capsys):
     with pytest.raises(SystemExit) as end:

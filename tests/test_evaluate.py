@@ -74,7 +74,7 @@ def test_generate_is_greedy_and_stops_at_the_line(model, tokenizer):
     lambda m, t: token_loss(m, t, ["the cat sat"]),
 ], ids=["generate", "token_loss"])  # fmt: skip
 def test_the_model_comes_back_as_it_was(model, tokenizer, call, monkeypatch):
-    monkeypatch.setattr(evaluate, "_context", lambda model: 512)
+    monkeypatch.setattr(evaluate, "context_of", lambda model: 512)
     model.train()
     model.model.layers[0].eval()  # a mixture of modes survives too
     modes = {name: module.training for name, module in model.named_modules()}

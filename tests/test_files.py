@@ -109,7 +109,7 @@ def test_an_adapter_of_another_model(saved):
         (dict(lora_bias=True), "only one has 'c'"),
         (dict(use_dora=True, use_bdlora={"nblocks": 2}), "is a variant that"),
         (dict(bias="all"), "bias='all'"),
-        (dict(layer_replication=[[0, 1]]), "layer_replication"),
+        (dict(layer_replication=[[0, 1]]), "no module: this is an adapter of another model"),
         (dict(trainable_token_indices=[1]), "trainable_token_indices"),
         (dict(init_lora_weights="pissa"), "changed the base weights"),
         (dict(r=5), "this model needs"),

@@ -95,7 +95,7 @@ def test_the_hash_names_all_that_a_run_is_but_its_rate_and_seed(files, monkeypat
         assert hashed() != before, other
     monkeypatch.setitem(forgetting.METHODS, "LoRA r=8 all", at)
     assert hashed() == before
-    monkeypatch.setattr(lab, "fingerprints", lambda task: ("another base", "data"))
+    monkeypatch.setattr(lab.table, "fingerprints", lambda task: ("another base", "data"))
     assert hashed() != before
 
 
@@ -126,7 +126,8 @@ def test_main_goes_on_from_a_file_and_prints_each_method_at_its_best_rate(tiny, 
     rows = [lab.wanted(lab.Run(case, rate, 0)) | made | (best if rate == case.grid[2] else {}) for rate in case.grid]
     plan = forgetting.experiment(["reviews"], ["IA3"], seeds=[0], steps=3)
     lab.write(tmp_path / "runs.csv", rows, plan.columns)
-    monkeypatch.setattr(lab, "work", lambda plan, path, *_: print(lab.left(lab.rows_of(path, plan.columns), plan)))
+    monkeypatch.setattr(lab.commands, "work",
+                        lambda plan, path, *_: print(lab.left(lab.rows_of(path, plan.columns), plan)))  # fmt: skip
     forgetting.main(["--tasks", "reviews", "--methods", "IA3", "--seeds", "0", "--steps", "3", "--out",
                      str(tmp_path / "runs.csv")])  # fmt: skip
     said = capsys.readouterr().out.splitlines()

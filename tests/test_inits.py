@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import peft
@@ -47,7 +48,7 @@ def attached(family: str = "llama", targets=None, **hyper):
 def begun(how: str, family: str = "llama", model=None, **hyper):
     """A model whose LoRA "a" was begun by an initialisation of this name."""
     model = attached(family, **hyper) if model is None else model
-    if how in ("eva", "corda", "lora_ga", "lora_null"):
+    if how in ("eva", "corda", "lora_ga", "lora_null", "keeplora"):
         return getattr(inits, how)(model, data(family), name="a")
     return getattr(inits, how)(model, "a")
 
@@ -206,7 +207,10 @@ def test_training_goes_on_from_a_checkpoint_and_not_without_the_start(tmp_path):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("how", ["pissa", "olora"])
+@pytest.mark.parametrize("how", [
+    pytest.param(how, marks=pytest.mark.reference(how, f"peft.tuners.lora.layer.LoraLayer.{how}_init"))
+    for how in ("pissa", "olora")
+])  # fmt: skip
 def test_the_reference_begins_and_goes_on_the_same(how, family, rslora):
     if (how, family) == ("olora", "gpt2"):
         pytest.skip("see test_the_reference_decomposes_transposed_weights_as_they_lie")
@@ -351,6 +355,8 @@ def test_qpissa_packs_the_residual_and_holds_a_plain_lora(tmp_path):
 # --- random numbers ---
 
 
+@pytest.mark.reference("gaussian", "peft.tuners.lora.layer.LoraLayer.reset_lora_parameters")
+@pytest.mark.reference("orthogonal", "peft.tuners.lora.layer.LoraLayer.orthogonal_init")
 def test_draws():
     """Bounds and deviations, beside the reference's for the two that it has beside its own."""
     model = attached(r=16)
@@ -410,6 +416,7 @@ def test_rows_become_batches_and_batches_stay():
     assert len(batches(model, ready[0], None, 2, "EVA")) == 1
 
 
+@pytest.mark.reference("eva", "peft.tuners.lora.eva.get_eva_state_dict")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("rho", [1.0, 2.0])
 def test_eva_finds_what_the_reference_finds(family, rho, monkeypatch):
@@ -419,7 +426,7 @@ def test_eva_finds_what_the_reference_finds(family, rho, monkeypatch):
     from peft.utils.incremental_pca import IncrementalPCA
 
     monkeypatch.setattr(its, "IncrementalPCA", lambda n_components, **_: IncrementalPCA(n_components))
-    monkeypatch.setitem(eva.__globals__, "svd", lambda W, r, niter: svd(W, r, None))
+    monkeypatch.setitem(inspect.unwrap(eva).__globals__, "svd", lambda W, r, niter: svd(W, r, None))
     found = data(family, number=3, rows=8)
     config, base = theirs(family, "eva", eva_config=peft.EvaConfig(rho=rho))
     wanted = its.get_eva_state_dict(base, found, config, show_progress_bar=False)
@@ -475,6 +482,7 @@ def test_eva_whitens_and_refuses_too_few_tokens():
         eva(attached(r=8), data(rows=1, length=9, number=2), name="a")
 
 
+@pytest.mark.reference("corda", "peft.tuners.lora.layer.LoraLayer.corda_init")
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_corda_begins_where_the_reference_begins(family, keep):
@@ -563,6 +571,7 @@ def test_lora_ga_takes_the_first_step_of_full_finetuning(direction):
         torch.testing.assert_close(A.norm(dim=1), torch.full((4,), c))
 
 
+@pytest.mark.reference("lora_ga", "peft.tuners.lora.layer.LoraLayer.lora_ga_init")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_reference_lets_lora_ga_depend_on_the_size_of_the_loss(family):
     """The same gradient and the same A, but its B is multiplied by the singular values, and on GPT-2 by ⁴√in."""
@@ -597,6 +606,7 @@ def test_the_reference_lets_lora_ga_depend_on_the_size_of_the_loss(family):
 # --- targets, and what is left afterwards ---
 
 
+@pytest.mark.reference("KappaTune", "peft.helpers.find_kappa_target_modules")
 def test_kappatune_chooses_what_the_reference_chooses():
     from peft.helpers import find_kappa_target_modules
 
@@ -627,6 +637,7 @@ def with_intruders(family: str = "llama"):
     return model
 
 
+@pytest.mark.reference("intruder reduction", "peft.tuners.lora.intruders.reduce_intruder_dimension")
 def test_intruders_are_reduced_as_the_reference_reduces_them(tmp_path):
     from peft.tuners.lora.intruders import reduce_intruder_dimension
 

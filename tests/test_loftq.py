@@ -99,6 +99,7 @@ def reference(monkeypatch):
     return names["loftq_init"]
 
 
+@pytest.mark.reference("loftq", "peftlab.inits.loftq:factors", "peft.utils.loftq_utils._low_rank_decomposition")
 @pytest.mark.parametrize("turns", [1, 2, 5])
 @pytest.mark.parametrize("shape", [(64, 128), (96, 64)])  # rows of whole blocks: bitsandbytes unpacks others wrongly
 def test_the_reference_finds_the_same(reference, shape, turns):

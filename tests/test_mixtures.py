@@ -42,6 +42,7 @@ def their_context(family="llama", name="default", **more):
     return peft.get_peft_model(build(family), config, adapter_name=name).eval()
 
 
+@pytest.mark.reference("CPT", "writes", "reads", "gradients")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_cpt_is_the_references_in_files_both_ways_with_its_gradients_and_loss(family, tmp_path):
     model = pl.attach(build(family), pl.CPT, **CONTEXT, epsilon=0.9, decay=0.5)
@@ -156,6 +157,7 @@ def spelled(hyper):
 peftlab_to_theirs = {"tasks": "n_tasks", "skills": "n_skills", "splits": "n_splits"}
 
 
+@pytest.mark.reference("Poly", "writes", "reads", "gradients")
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.parametrize("hyper", POLY.values(), ids=POLY)
 def test_poly_is_the_references_in_files_both_ways_with_its_gradients(hyper, family, tmp_path):
@@ -272,6 +274,7 @@ def their_xlora(family, paths, hyper):
     return peft.get_peft_model(base, peft.XLoraConfig(task_type="CAUSAL_LM", **theirs))
 
 
+@pytest.mark.reference("XLoRA", "outputs", "writes", "gradients")
 @pytest.mark.parametrize(("family", "hyper"), [("llama", h) for h in XLORA.values()] + [("qwen2", XLORA["layerwise"])],
                          ids=[*XLORA, "qwen2"])  # fmt: skip
 def test_xlora_is_the_references_with_its_gradients_and_the_reference_reads_ours(family, hyper, tmp_path):
@@ -362,6 +365,7 @@ def their_arrow(folder, names=("x", "y", "z"), general=(), **more):
                               [str(folder / n) for n in general] or None).eval()  # fmt: skip
 
 
+@pytest.mark.reference("Arrow", "outputs", "peft.tuners.lora.arrow.create_arrow_model")
 @pytest.mark.parametrize("more", [dict(top_k=1), dict(top_k=2, temperature=0.3), dict(top_k=3)], ids=str)
 def test_arrow_is_the_references_where_its_prototypes_have_converged(more, tmp_path):
     model, _ = saved_experts("llama", tmp_path)
@@ -524,6 +528,7 @@ def test_a_prefilled_cartridge_is_the_text_itself(family):
     assert torch.equal(said[:, 9:], read[:, 15:])
 
 
+@pytest.mark.reference("Cartridge", "writes", "reads", "gradients")
 @pytest.mark.parametrize(("family", "frozen"), [("llama", 1), ("llama", 0), ("gpt2", 2)])
 def test_cartridge_is_the_references_in_files_both_ways_with_its_prefill_and_gradients(family, frozen, tmp_path):
     model = pl.attach(build(family), pl.Cartridge, k=4, frozen=frozen)
@@ -591,6 +596,7 @@ LILY = {
 }  # fmt: skip
 
 
+@pytest.mark.reference("Lily", "writes", "reads")
 @pytest.mark.parametrize("family", ["llama", "bert"])
 @pytest.mark.parametrize("pair", LILY.values(), ids=LILY)
 def test_lily_is_the_references_in_files_both_ways(family, pair, tmp_path):
@@ -607,6 +613,7 @@ def twelve_layers():
         max_position_embeddings=32, initializer_range=0.3, pad_token_id=0)).eval()  # fmt: skip
 
 
+@pytest.mark.reference("Lily", "reads", "gradients")
 def test_lily_shares_in_model_order_which_is_not_the_alphabets(tmp_path):
     """Twelve layers in blocks of five: 10 comes after 9 here and after 1 in a file. Gradients of shared ones too."""
     config = peft.LilyConfig(r=3, stride_A=5, num_B=2, target_modules=["q_proj", "up_proj"])

@@ -184,6 +184,7 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+@pytest.mark.reference("lora_plus", "peft.optimizers.create_loraplus_optimizer")
 @pytest.mark.parametrize(("ratio", "decay"), [(16, 0.0), (4, 0.1)])
 def test_lora_plus_is_the_reference(ratio, decay):
     ours = adapted(0.1)
@@ -194,6 +195,7 @@ def test_lora_plus_is_the_reference(ratio, decay):
     side_by_side(ours, theirs, lora_plus(ours, 1e-3, ratio, decay)(parameters(ours)), other)
 
 
+@pytest.mark.reference("lora_fa", "peft.optimizers.create_lorafa_optimizer")
 @pytest.mark.parametrize(("rslora", "start"), [(False, 0.1), (True, 0.0)])
 def test_lora_fa_is_the_reference_without_its_rounding(rslora, start, monkeypatch):
     """Adam's ε is added before the bias is corrected there and after it here, so both are nearly zero in this test."""
@@ -228,6 +230,7 @@ def test_the_reference_rounds_lora_fas_gradients_to_bfloat16():
     assert 5e-4 < worst < 2e-2, "mended there: compare without replacing is_bf16_available"
 
 
+@pytest.mark.reference("riemannian", "peft.optimizers.create_riemannian_optimizer")
 @pytest.mark.parametrize(("reg", "start"), [(1e-2, 0.3), (1e-4, 0.3), (1e-2, 0.0)])
 def test_riemannian_is_the_reference(reg, start):
     ours = adapted(start)

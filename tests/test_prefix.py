@@ -58,6 +58,7 @@ def generated(model, ids, **settings):
     return model.generate(input_ids=ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
 
 
+@pytest.mark.reference("PrefixTuning", "writes")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_reference_reads_ours(family, tmp_path):
     model, batch = ours(family), padded(family)
@@ -70,6 +71,7 @@ def test_the_reference_reads_ours(family, tmp_path):
     assert (logits(model, **inputs(family)) - logits(build(family), **inputs(family))).abs().max() > 0.1
 
 
+@pytest.mark.reference("PrefixTuning", "reads")
 @pytest.mark.parametrize("settings", [{}, dict(prefix_projection=True, encoder_hidden_size=12)], ids=["plain", "mlp"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ours_reads_the_reference_with_its_gradients_and_count(family, settings, tmp_path):
@@ -87,6 +89,7 @@ def test_ours_reads_the_reference_with_its_gradients_and_count(family, settings,
     assert trained == theirs.get_nb_trainable_parameters()[0]
 
 
+@pytest.mark.reference("PrefixTuning", "gradients")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_projection_is_the_references(family):
     """The same E and MLP: equal outputs, gradients and counts; the MLP is counted and trained once for all layers."""
@@ -346,6 +349,7 @@ def adapted(family, k=4, layers=1, gate=0.7):
     return model
 
 
+@pytest.mark.reference("LlamaAdapter", "writes", "reads", "gradients")
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_llama_adapter_and_the_reference_read_each_other(family, layers, tmp_path):

@@ -27,7 +27,12 @@ FROM_PEFT = {"embedding.weight": "prompt", "mlp_head": "mlp", "lstm_head": "lstm
              "prefix_task_rows": "v"}  # fmt: skip
 
 families = pytest.mark.parametrize("family", FAMILIES)
-kinds = pytest.mark.parametrize("kind", KINDS)
+def kinds(*what: str):
+    """Each kind as a case that says what it compares of it."""
+    return pytest.mark.parametrize("kind", [
+        pytest.param(kind, marks=pytest.mark.reference(method.__name__, *what)) for kind, (method, _) in KINDS.items()])
+
+
 
 
 def ours(family: str, kind: str = "prompt", **more):
@@ -100,7 +105,7 @@ def on_tokens(family: str, logits, k: int = K):
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 @families
-@kinds
+@kinds("outputs", "gradients")
 def test_logits_and_gradients_are_the_references(kind, family, padding):
     if kind == "multitask" and family == "t5":
         pytest.skip("the reference calls T5 without its decoder's input there: see the next test")
@@ -128,7 +133,7 @@ def test_multitask_on_t5_is_the_references_with_labels():
 
 
 @families
-@kinds
+@kinds("reads")
 def test_their_file_is_read(kind, family, tmp_path):
     reference = theirs(family, kind)
     reference.save_pretrained(tmp_path)
@@ -142,7 +147,7 @@ def test_their_file_is_read(kind, family, tmp_path):
 
 
 @families
-@kinds
+@kinds("writes")
 def test_our_file_is_read(kind, family, tmp_path):
     model = ours(family, kind)
     pl.save_adapter(model, tmp_path)
@@ -157,7 +162,10 @@ def test_our_file_is_read(kind, family, tmp_path):
     assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
-@pytest.mark.parametrize("end", ["ours", "theirs"])
+@pytest.mark.parametrize("end", [
+    pytest.param("ours", marks=pytest.mark.reference("ModuleCopy", "writes")),
+    pytest.param("theirs", marks=pytest.mark.reference("ModuleCopy", "reads")),
+])  # fmt: skip
 def test_a_trained_head_goes_with_the_prompt(end, tmp_path):
     batch = batch_of("bert")
     if end == "theirs":
@@ -208,7 +216,7 @@ def test_generation_is_the_references(family):
 
 @pytest.mark.parametrize("cache", [True, False])
 @pytest.mark.parametrize("family", [*DECODER_ONLY, "t5"])
-@kinds
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_padded_batch_generates_what_each_row_alone_does(kind, family, cache):
     model = ours(family, kind)
     if kind == "multitask":

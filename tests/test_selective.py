@@ -51,6 +51,12 @@ every = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 everywhere = pytest.mark.parametrize("family", FAMILIES)
 
 
+def beside(*what: str):
+    """Each pair as a case that says what it compares."""
+    return pytest.mark.parametrize(
+        "pair", [pytest.param(pair, id=name, marks=pytest.mark.reference(name, *what)) for name, pair in PAIRS.items()])
+
+
 def logits(model, family, **more):
     with torch.no_grad():
         return model(**inputs(family), **more).logits
@@ -64,7 +70,7 @@ def adapted(family: str, pair: Pair, moved: bool = True) -> nn.Module:
     return model
 
 
-@every
+@beside("writes")
 @everywhere
 def test_the_reference_reads_ours(family, pair, tmp_path):
     model = adapted(family, pair)
@@ -75,7 +81,7 @@ def test_the_reference_reads_ours(family, pair, tmp_path):
     torch.testing.assert_close(logits(theirs, family), ours, **CLOSE)
 
 
-@every
+@beside("reads", "gradients")
 @everywhere
 def test_ours_reads_the_reference_with_its_count_and_gradients(family, pair, tmp_path):
     blank = adapted(family, pair, moved=False)

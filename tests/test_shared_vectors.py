@@ -8,8 +8,8 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from families import build, inputs, labels, shake
-from parity import CLOSE, Pair, check_reads_ours, check_reads_theirs, dense, logits
+from families import build, check_refused, inputs, labels, shake
+from parity import CLOSE, Pair, beside, check_reads_ours, check_reads_theirs, dense, logits
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,6 +31,10 @@ PAIRS = {
                      dict(r=8, randlora_alpha=4), 0.1, conv1d=True),
     "RandLoRA, from its seed": Pair("RandLoRA", peft.RandLoraConfig, dict(r=5, alpha=2, dropout=0.2, **FROM_SEED),
                                     dict(r=5, randlora_alpha=2, randlora_dropout=0.2, **THEIR_SEED), 0.1),
+    "RandLoRA, sparse": Pair("RandLoRA", peft.RandLoraConfig, dict(r=6, alpha=3, sparse=True, **FROM_SEED),
+                             dict(r=6, randlora_alpha=3, sparse=True, **THEIR_SEED), 0.1),
+    "RandLoRA, very sparse": Pair("RandLoRA", peft.RandLoraConfig, dict(r=5, alpha=2, very_sparse=True, **FROM_SEED),
+                                  dict(r=5, randlora_alpha=2, very_sparse=True, **THEIR_SEED), 0.1),
     "VBLoRA": Pair("VBLoRA", peft.VBLoRAConfig, dict(r=3, num_vectors=7, vector_length=16), moved=0.4, conv1d=True),
     "VBLoRA, the topmost": Pair("VBLoRA", peft.VBLoRAConfig, dict(r=2, num_vectors=9, vector_length=8, topk=3,
                                                                   save_only_topk_weights=True), moved=0.4),
@@ -47,16 +51,16 @@ PAIRS = {
                                 dict(sparse_rate=0.02, regularization_alpha=0.1, progressbar=False, **THEIR_SEED), 0.2),
 }  # fmt: skip
 CASES = [(pair, "llama") for pair in PAIRS] + [(p, f) for p in PAIRS if PAIRS[p].conv1d for f in ("gpt2", "bert")]
-every = pytest.mark.parametrize(("name", "family"), CASES)
+every = beside("name, family", CASES, PAIRS)
 SHARED = ("vblora_vector_bank", "unilora_theta_d", "tinylora_v")
 
 
-@every
+@every("writes")
 def test_the_reference_reads_ours(name, family, tmp_path):
     check_reads_ours(family, PAIRS[name], tmp_path)
 
 
-@every
+@every("reads", "gradients")
 def test_ours_reads_the_reference_with_its_count_and_gradients(name, family, tmp_path):
     check_reads_theirs(family, replace(PAIRS[name], gradients=False), tmp_path)  # shared ones have other names there
     batch = inputs(family)
@@ -247,6 +251,18 @@ def test_randlora_has_full_rank_and_a_smaller_r_trains_more():
     assert [pl.RandLoRA.size(64, 32, r=r) for r in (1, 4, 8, 32)] == [1056, 288, 160, 64]
 
 
+@pytest.mark.parametrize(("how", "share"), [("sparse", 1 / 3), ("very_sparse", 1 / 64**0.5)])
+def test_randlora_can_have_ternary_bases(how, share):
+    model = pl.attach(nn.Sequential(nn.Linear(64, 96)), "RandLoRA", "0", name="a", r=4, **{how: True})
+    held = pl.adapters(model)["a"]["0"].shared
+    B = held.randlora_B
+    values = B.unique()
+    assert len(values) == 3 and values[1] == 0 and values[0] == -values[2] and B.std().item() == pytest.approx(1)
+    found = (B != 0).double().mean().item()
+    assert abs(found - share) < 5 * (share * (1 - share) / B.numel()) ** 0.5
+    assert held.randlora_A.unique().numel() == 3
+
+
 def test_vb_lora_mixes_k_vectors_of_one_bank_and_can_go_on_from_the_topmost(tmp_path):
     hyper = dict(num_vectors=6, vector_length=8, topk=2, save_only_topk_weights=True)
     model, adapters = attached("VBLoRA", **hyper)
@@ -398,7 +414,4 @@ def test_frod_writes_each_weight_in_the_basis_of_its_kind():
     ("FRoD", dict(sparse_rate=1.5), "in 0…1"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name_and_nothing_is_attached(method, hyper, said):
-    model = build("llama")
-    with pytest.raises(ValueError, match=said):
-        pl.attach(model, method, "q_proj", **hyper)
-    assert not pl.hosts(model)
+    check_refused(said, method, "q_proj", **hyper)

@@ -144,7 +144,7 @@ def test_opening_reads_nothing_and_listing_reads_the_index_alone(store, monkeypa
         return real(file, *args, **kwargs)
 
     monkeypatch.setattr(module, "open", watched, raising=False)
-    monkeypatch.setattr(module, "_read", None)
+    monkeypatch.setattr(module, "read_folder", None)
     again = Store(store.folder)
     assert opened == []
     assert again.names() == ["a", "b", "c"] and again.info("a").parameters and again.path("b")

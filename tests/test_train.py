@@ -364,7 +364,7 @@ def refused(match, *args, error=ValueError, **settings):
 
 @pytest.mark.parametrize(
     "name, value, rule",
-    [("steps", 0, "at least 1"), ("batch_size", 0, "at least 1"), ("lr", -1, "positive"), ("lr", math.nan, "positive"),
+    [("steps", 0, "at least 1"), ("batch_size", 0, "at least 1"), ("lr", -1, "positive"), ("lr", math.nan, "finite"),
      ("warmup", 5, "fraction"), ("schedule", "cosinus", "'cosine'"), ("clip", 0, "no clipping"),
      ("accumulation", 99, "16"),
      ("patience", 2, "valid="), ("precision", "fp8", "bf16"), ("seed", -1, "at least 0")],
