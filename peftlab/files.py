@@ -289,8 +289,7 @@ def _plan(model: nn.Module, config: dict, tensors: dict[str, Tensor], method: ty
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(s, str) for s in saved):
         raise ValueError(f"{folder / CONFIG}: modules_to_save={saved!r} is no list of ends of paths")
-    if not tensors:
-        raise ValueError(f"{folder / WEIGHTS} holds no tensors: nothing was saved in it; save or download it again")
+    nothing = not tensors
     weights: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, dict[str, Tensor]] = {}
     for key, tensor in list(tensors.items()):
@@ -324,6 +323,8 @@ def _plan(model: nn.Module, config: dict, tensors: dict[str, Tensor], method: ty
             raise ValueError(f"{folder} cannot be read as {method.__name__} for this {type(model).__name__}: {error}"
                              ) from None  # fmt: skip
         plan, weights = fitted(planned, method, by_layer), weights | others
+    if nothing:
+        raise ValueError(f"{folder / WEIGHTS} holds no tensors: nothing was saved in it; save or download it again")
     return plan | {path: (METHODS[COPY], {}) for path in copies}, weights | copies
 
 

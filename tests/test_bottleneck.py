@@ -270,10 +270,10 @@ def test_hes_parallel_adapters_and_prefix_are_mams_share_of_bart_large():
 @pytest.mark.parametrize(
     ("hyper", "words"),
     [
-        (dict(bottleneck=0), "bottleneck=0 .*1…32"),
+        (dict(bottleneck=0), "bottleneck=0 must be at least 1"),
         (dict(bottleneck=33), "bottleneck=33 .*1…32"),
         (dict(reduction=64), "reduction=64 .*choose bottleneck"),
-        (dict(reduction=0), "reduction=0 .*choose bottleneck"),
+        (dict(reduction=0), "reduction=0 .*must be above 0"),
         (dict(reduction=4, activation="bend"), "'bend' is unknown; choose one of relu"),
     ],
 )
@@ -414,8 +414,8 @@ def test_what_cannot_be_fused_is_refused():
     pl.attach(model, pl.Pfeiffer, name="a", bottleneck=4)
     pl.attach(model, pl.Pfeiffer, name="b", bottleneck=4)
     pl.attach(model, pl.LoRA, "q_proj", name="elsewhere")
-    for of in ((), ("a",), "ab"):
-        with pytest.raises(ValueError, match="two or more"):
+    for of, said in (((), "two or more"), (("a",), "two or more"), ("ab", "must be a list of words")):
+        with pytest.raises(ValueError, match=said):
             pl.attach(model, pl.AdapterFusion, name="both", of=of)
     with pytest.raises(ValueError, match="no adapter named 'bb' is attached.*'b'"):
         pl.attach(model, pl.AdapterFusion, name="both", of=("a", "bb"))

@@ -451,7 +451,7 @@ def test_general_knowledge_is_subtracted_as_a_product_and_not_factor_by_factor(t
 
 
 @pytest.mark.parametrize(("hyper", "said"), [
-    (dict(of="x"), "two or more"),
+    (dict(of="x"), r"write of=\('x',\)"),
     (dict(of=("x", "y"), top_k=3), "choose 1…2"),
     (dict(of=("x", "y"), general="w"), "no adapter named 'w'"),
     (dict(of=("x", "y"), temperature=0), "temperature above 0"),
@@ -582,8 +582,8 @@ def test_training_leaves_the_frozen_tokens_and_short_texts_are_refused():
     pl.train(model, rows, steps=2, batch_size=3, lr=0.1, progress=False)
     after = one.prefix().detach()
     assert torch.equal(after[:2], before[:2]) and (after[2:] - before[2:]).abs().min(1).values.max() > 1e-3
-    for hyper in (dict(k=4, frozen=4), dict(k=2, frozen=-1)):
-        with pytest.raises(ValueError, match="left to train"):
+    for hyper, said in ((dict(k=4, frozen=4), "left to train"), (dict(k=2, frozen=-1), "frozen=-1 must be at least 0")):
+        with pytest.raises(ValueError, match=said):
             pl.attach(build("llama"), pl.Cartridge, **hyper)
 
 
@@ -748,7 +748,7 @@ def test_training_evens_out_the_load():
 
 @pytest.mark.parametrize(("targets", "hyper", "said"), [
     (None, dict(top_k=1), "teaches R nothing"),
-    (None, dict(experts=2, top_k=3), "3 of 2 experts"),
+    (None, dict(experts=2, top_k=3), "top_k=3 of experts=2"),
     ("input_layernorm", dict(), "linear layers inside"),
 ])  # fmt: skip
 def test_what_is_no_mixture_is_refused(targets, hyper, said):

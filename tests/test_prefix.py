@@ -309,7 +309,7 @@ def unchanged(model, before):
     ("llama", dict(k=0), "k ≥ 1"),
     ("llama", dict(init="ones"), "init='ones'"),
     ("t5", {}, "PromptTuning"),
-    ("llama", dict(targets="q_proj"), "Linear takes no past_key_values"),
+    ("llama", dict(targets="q_proj"), "Linear has no projections of its own, so it is no attention"),
     ("t5", dict(targets="layer.0.SelfAttention"), "PromptTuning"),
 ])  # fmt: skip
 def test_what_a_prefix_cannot_do_is_refused_and_the_model_stays(family, hyper, words):

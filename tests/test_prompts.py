@@ -353,7 +353,7 @@ def test_starts():
         ("PromptTuning", dict(init=[5, VOCABULARY]), f"token ids in 0…{VOCABULARY - 1}"),
         ("PromptTuning", dict(targets="q_proj"), "not on a Linear; use targets='decoder'"),
         ("PTuning", dict(encoder="gru"), "encoder='gru' is not known"),
-        ("PTuning", dict(hidden=0), "hidden=0 is no width"),
+        ("PTuning", dict(hidden=0), "hidden=0 must be at least 1"),
         ("MultitaskPromptTuning", dict(tasks=0), "at least one task"),
         ("MultitaskPromptTuning", dict(k=4, rank=5), "a rank in 1…4"),
     ],

@@ -398,7 +398,7 @@ WRONG = [
     (pl.TrainableTokens, dict(), "no tokens to train"),
     (pl.TrainableTokens, dict(tokens=[3, 96]), "token 96 is not an id in 0…95.*add_tokens"),
     (pl.TrainableTokens, dict(tokens=[-1]), "token -1 is not an id"),
-    (pl.TrainableTokens, dict(tokens=["ship"]), "token 'ship' is not an id"),
+    (pl.TrainableTokens, dict(tokens=["ship"]), "must be a list of whole numbers"),
     (pl.TrainableTokens, dict(tokens=[3, 4, 3]), "token 3 is named twice"),
     (pl.TrainableTokens, dict(tokens=[3], targets="q_proj"), "q_proj' is a Linear, no table"),
     (pl.TrainableTokens, dict(tokens=[3], targets="all-norms"), "LlamaRMSNorm, no table"),

@@ -671,7 +671,7 @@ def test_one_network_writes_the_adapters_of_all_layers_and_tasks():
     ("SuperTuning", dict(sparsity=0.9999), "leaves 0 of 1024"),
     ("SuperTuning", dict(sparsity=-0.1), "leaves 11"),
     ("SuperTuning", dict(alpha=4), "rank r of at least 1"),
-    ("SuperTuning", dict(r=0), "rank r of at least 1"),
+    ("SuperTuning", dict(r=0), "r=0 must be at least 1"),
 ])  # fmt: skip
 def test_what_does_not_fit_a_linear_layer_is_refused_by_name(method, hyper, said):
     check_refused(said, method, "q_proj", **hyper)
@@ -680,7 +680,7 @@ def test_what_does_not_fit_a_linear_layer_is_refused_by_name(method, hyper, said
 @pytest.mark.parametrize(("method", "hyper", "said"), [
     ("LoReFT", dict(r=33), "not in 1…32"),
     ("LoReFT", dict(first=0), "at least one position"),
-    ("DiReFT", dict(first=1, last=-1), "at least one position"),
+    ("DiReFT", dict(first=1, last=-1), "last=-1 must be at least 0"),
     ("LoReFT", dict(last=1), "cannot tell where the prompt ends"),
 ])  # fmt: skip
 def test_what_does_not_fit_a_model_is_refused_by_name(method, hyper, said):
@@ -691,7 +691,7 @@ def test_what_does_not_fit_a_model_is_refused_by_name(method, hyper, said):
     ("SAID", dict(d=0), "not in 1…1024"),
     ("SAID", dict(d=1025), "not in 1…1024"),
     ("FishMask", dict(k=1025), "not in 1…1024"),
-    ("DiffPruning", dict(penalty_weight=-1.0), "reward changes"),
+    ("DiffPruning", dict(penalty_weight=-1.0), "penalty_weight=-1.0 must be at least 0"),
     ("AdaMix", dict(M=0), "at least one adapter"),
     ("HyperFormer", dict(tasks=0), "must be at least 1"),
 ])  # fmt: skip
