@@ -70,7 +70,7 @@ def test_without_full_fine_tuning_there_is_no_share(full):
 def test_recorded():
     runs, costs = lab.read("classic"), lab.costs("classic")
     board = leaderboard(runs, costs)
-    assert sorted(board.index) == sorted(set(runs.method)) and set(costs.index) <= set(board.index)
+    assert sorted(board.index) == sorted(set(runs.method)) and set(board.index) <= set(costs.index)
     full = board.loc["full"]
     assert full["quality"] == 1 and all(full[f"{task} / full"] == 1 for task in TASKS) and full["percent"] == 100
     assert full["step"] == 1 and full["low"] < 1 < full["high"] and not full["mergeable"]
@@ -82,7 +82,9 @@ def test_recorded():
         assert line["parameters"] == summary.loc[("sql", name), "parameters"]
     assert (board["parameters"] == costs["parameters"].reindex(board.index))[board["step"].notna()].all()
     front = board[pareto(board, "quality", "parameters", "bytes")]
-    assert "full" in front.index and board["parameters"].idxmin() in front.index, "the best, and the smallest"
+    assert front.index[0] == board.index[0] and board["parameters"].idxmin() in front.index, "the best, and the smallest"
+    field = leaderboard(lab.read("field").query("kind == 'method'").assign(task="voices"), costs)
+    assert field[["quality", "step", "bytes"]].notna().all().all(), "whoever is in the field has its costs measured"
     assert front["parameters"].is_monotonic_decreasing, "along the front, what is worse is smaller"
 
 
