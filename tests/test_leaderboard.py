@@ -82,7 +82,7 @@ def test_recorded():
         assert line["parameters"] == summary.loc[("sql", name), "parameters"]
     assert (board["parameters"] == costs["parameters"].reindex(board.index))[board["step"].notna()].all()
     front = board[pareto(board, "quality", "parameters", "bytes")]
-    assert front.index[0] == board.index[0] and board["parameters"].idxmin() in front.index, "the best, and the smallest"
+    assert front.index[0] == board.index[0] and board["parameters"].idxmin() in front.index
     field = leaderboard(lab.read("field").query("kind == 'method'").assign(task="voices"), costs)
     assert field[["quality", "step", "bytes"]].notna().all().all(), "whoever is in the field has its costs measured"
     assert front["parameters"].is_monotonic_decreasing, "along the front, what is worse is smaller"
