@@ -25,7 +25,7 @@ QUESTIONS = (
         (
             no(
                 "Nothing, as long as the number of steps is the same too.",
-                "The rates at which methods learn best differ by factors of a hundred in our table.",
+                "The rates at which methods learn best differ by factors of a hundred and more in our table.",
             ),
             no(
                 "The rate should be the one of the paper.",
@@ -56,7 +56,7 @@ QUESTIONS = (
         ),
     ),
     Question(
-        "“LoRA reaches the quality of full fine-tuning at 1 % of the cost.” Of which cost is it about true?",
+        "“LoRA reaches the quality of full fine-tuning at 1 % of the cost.” Which cost comes nearest to that?",
         (
             no(
                 "The time of a training step.",
@@ -68,7 +68,7 @@ QUESTIONS = (
             ),
             yes(
                 "The trained parameters, and so the size of the file.",
-                "The one cost that falls to a per cent and below. What that is worth depends on how many you keep.",
+                "5 % on our small base, below 1 % on a large one. What it is worth depends on how many you keep.",
             ),
         ),
     ),
