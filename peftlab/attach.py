@@ -242,6 +242,9 @@ def attach(
         plan = method.plan(model, paths, hyper) if paths else {}
     plan = fitted(plan, method, patterns) | {p: (ModuleCopy, {}) for p in copies}
     for key, pattern in patterns.items():
+        if pattern and method.hf_type and key not in method.hf_patterns:
+            warnings.warn(f"the file of {method.__name__} has no place for a {key}_pattern, so save_adapter will "
+                          "refuse it; attach those layers under a name of their own", stacklevel=2)  # fmt: skip
         for expression in pattern or {}:
             if not any(re.fullmatch(rf"(.*\.)?({expression})", p) for p in paths):
                 raise ValueError(f"{key} pattern {expression!r} matches none of the {len(paths)} target layers")

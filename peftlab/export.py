@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .attach import Sharing, adapters, check_attached, did_you_mean, hosts, switch_of
-from .core import Adapted
+from .core import METHODS, Adapted
 from .files import base_name, read_folder, save_adapter
 from .gguf import KINDS, Factors, check_path, write_lora, write_model
 from .layers import dense, dtype_of, is_quantised
@@ -150,7 +150,8 @@ def _saying(host: Adapted, names: Sequence[str], path: str) -> Iterator[None]:
         yield
     except ValueError as error:
         here = ", ".join(repr(name) for name in names if name in host.adapters)
-        ours = next((type(a).__name__ for n, a in host.adapters.items() if n in names and a.hf_type is None), None)
+        methods = [METHODS.get(a.part_of or "", type(a)) for n, a in host.adapters.items() if n in names]
+        ours = next((method.__name__ for method in methods if method.hf_type is None), None)
         cure = (f"No other tool has {ours}: it stays peftlab's, save_adapter(model, folder, name)" if ours else
                 "Hand it over as an adapter: to_peft(model, folder, name)")  # fmt: skip
         raise ValueError(f"{here} cannot be folded into {path!r}: {error}. {cure}") from None
@@ -443,7 +444,6 @@ def _ollama(config: dict, shapes: dict[str, tuple]) -> list[str]:
 def _peft(config: dict, shapes: dict[str, tuple]) -> list[str]:
     """What we write under a peft_type of our own is for us alone."""
     from . import methods  # noqa: F401  fills METHODS
-    from .core import METHODS
 
     kind = config.get("peft_type")
     ours = next((m for n, m in METHODS.items() if m.hf_type is None and kind == n.upper()), None)

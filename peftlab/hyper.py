@@ -28,7 +28,11 @@ KINDS = {int: "a whole number", float: "a finite number", bool: "True or False",
 def hints(method: Callable) -> dict[str, tuple[Any, Any]]:
     """hyper-parameter of a method, or argument of a function -> (its annotation, its default)."""
     called: Callable = method.__init__ if isinstance(method, type) else method  # type: ignore[misc]
-    found, parameters = get_type_hints(called), inspect.signature(called).parameters
+    parameters = inspect.signature(called).parameters
+    try:
+        found = get_type_hints(called)
+    except NameError:  # a name that is there for the type checker alone, or local to a function: nothing to check by
+        found = {}
     return {n: (found.get(n, Any), p.default) for n, p in parameters.items() if n not in ("self", "layer")}
 
 
@@ -91,14 +95,15 @@ def _plain(value: Any, hint: Any) -> Any:
         number: Any = value  # NumPy's too; compared, since isfinite(10**400) is an OverflowError
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not -1e308 <= number <= 1e308:
             return _NO
-        return value if isinstance(value, (int, float)) else float(value)
+        return value if type(value) in (int, float) else float(value)
     if isinstance(hint, type) and get_origin(hint) is None:
         return value if isinstance(value, hint) else _NO
     inner = get_args(hint)
     if get_origin(hint) in (tuple, list, Sequence):
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             return _NO
-        items = [_plain(v, inner[0]) for v in value]
+        each = inner if get_origin(hint) is tuple and inner[-1] is not Ellipsis else inner[:1] * len(value)
+        items = [_plain(v, h) for v, h in zip(value, each, strict=False)] if len(each) == len(value) else [_NO]
         return _NO if any(v is _NO for v in items) else tuple(items) if isinstance(value, tuple) else items
     if get_origin(hint) not in (Union, UnionType):
         return value  # a method's parts may be given other things, by its `plan`
@@ -116,7 +121,9 @@ def said(hint: Any) -> str:
         return KINDS[hint]
     inner = get_args(hint)
     if get_origin(hint) in (tuple, list, Sequence):
-        return "a list of " + KINDS[inner[0]].removeprefix("a ") + "s"
+        if get_origin(hint) is tuple and inner[-1] is not Ellipsis:
+            return f"({', '.join(map(said, inner))})"
+        return "a list of " + said(inner[0]).removeprefix("a ") + ("s" if inner[0] in KINDS else "")
     if get_origin(hint) not in (Union, UnionType):
         return getattr(hint, "__name__", str(hint))
     *words, last = map(said, inner)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import nn
 
 from .attach import hosts
 from .baselines import stacks
-from .sites import put
+from .hyper import fits
+from .sites import bare, put, sites
 
 Ranges = Sequence[tuple[int, int]]  # (first, one after the last)
 INDEX = ("layer_idx", "layer_id")  # where a block's parts keep its number, their place in the cache
@@ -64,13 +65,13 @@ def check_untied(model: nn.Module) -> None:
 
 def replication(model: nn.Module) -> list[list[int]]:
     """The ranges of a model's blocks, as files have them; empty if they are as they came."""
-    return _runs(_order(model))
+    return _joined((i, i + 1) for i in _order(model))
 
 
 @contextmanager
 def replicated_as_saved(model: nn.Module, ranges: Any) -> Iterator[None]:
     """The block runs on a model whose blocks are repeated as an adapter's file says; after an error it is as it was."""
-    there, wanted = replication(model), _runs(_numbers(ranges or []))
+    there, wanted = replication(model), _joined(_pairs(ranges or []))
     undo = _nothing
     if there != wanted:
         if there or not wanted or hosts(model):
@@ -88,12 +89,13 @@ def replicated_as_saved(model: nn.Module, ranges: Any) -> Iterator[None]:
 def _restack(model: nn.Module, ranges: Ranges) -> Callable[[], None]:
     """Do it; what is returned undoes it."""
     path, blocks = _blocks(model)
-    order = _numbers(ranges)
-    if not order:
+    pairs = _pairs(ranges)
+    if not pairs:
         raise ValueError(f"ranges={ranges!r} name no block; give pairs (first, one after the last)")
-    if not 0 <= min(order) <= max(order) < len(blocks):
+    if not all(0 <= first < last <= len(blocks) for first, last in pairs):
         raise ValueError(f"ranges={ranges!r} reach beyond the blocks of {type(model).__name__}, which are 0 to "
                          f"{len(blocks) - 1}")  # fmt: skip
+    order = [i for first, last in pairs for i in range(first, last)]
     stack = nn.ModuleList(_numbered(_shell(blocks[i]), n) for n, i in enumerate(order))
     stack.training = blocks.training
     came = getattr(blocks, "replicated", range(len(blocks)))
@@ -106,8 +108,12 @@ def _restack(model: nn.Module, ranges: Ranges) -> Callable[[], None]:
         for name, value in settings.items():
             setattr(config, name, value)
 
-    place(stack, {name: [value[i] for i in order] if isinstance(value, list) else len(order)
-                  for name, value in before.items()})  # fmt: skip
+    try:
+        place(stack, {name: [value[i] for i in order] if isinstance(value, list) else len(order)
+                      for name, value in before.items()})  # fmt: skip
+    except BaseException:  # a config that checks what is set
+        place(blocks, before)
+        raise
     return lambda: place(blocks, before)
 
 
@@ -144,21 +150,23 @@ def _per_block(config: Any, n: int) -> dict[str, Any]:
     return {"num_hidden_layers": n, **lists} if getattr(config, "num_hidden_layers", None) == n else lists
 
 
-def _numbers(ranges: Any) -> list[int]:
-    """The blocks of the ranges, one by one; ValueError if these are no ranges."""
+def _pairs(ranges: Any) -> list[tuple[int, int]]:
+    """The ranges; ValueError if these are none."""
     try:
-        pairs = [(int(first), int(last)) for first, last in ranges]
+        pairs = [(first, last) for first, last in ranges]
     except (TypeError, ValueError):
-        raise ValueError(f"ranges={ranges!r} are no pairs (first, one after the last)") from None
+        pairs = [(None, None)]
+    if not all(fits(number, int) for pair in pairs for number in pair):
+        raise ValueError(f"ranges={ranges!r} are no pairs (first, one after the last)")
     for first, last in pairs:
         if first >= last:
             raise ValueError(f"the range ({first}, {last}) is empty; a range is (first, one after the last)")
-    return [i for first, last in pairs for i in range(first, last)]
+    return pairs
 
 
 def _replicated(model: nn.Module) -> nn.ModuleList:
     """The blocks, if they are repeated; else none."""
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    lists = (site for site in map(bare, sites(model).values()) if isinstance(site, nn.ModuleList))  # not in adapters
     return next((blocks for blocks in lists if getattr(blocks, "replicated", None)), nn.ModuleList())
 
 
@@ -167,14 +175,14 @@ def _order(model: nn.Module) -> list[int]:
     return getattr(_replicated(model), "replicated", [])
 
 
-def _runs(order: Sequence[int]) -> list[list[int]]:
-    """The same as ranges, as long as can be."""
+def _joined(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """The same as ranges that are as long as can be."""
     runs: list[list[int]] = []
-    for i in order:
-        if runs and i == runs[-1][1]:
-            runs[-1][1] += 1
+    for first, last in pairs:
+        if runs and first == runs[-1][1]:
+            runs[-1][1] = last
         else:
-            runs.append([i, i + 1])
+            runs.append([first, last])
     return runs
 
 

@@ -387,3 +387,31 @@ def test_a_wrong_command_ends_with_one_line_and_status_2(line, capsys, monkeypat
     out, err = capsys.readouterr()
     assert not out and err.startswith(f"peftlab {line.split()[0]}: ") and err.count("\n") == 1
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_a_method_of_ones_own_may_have_any_annotation(model):
+    """What cannot be looked up is not checked; a tuple is checked one by one; a list of lists is said in words."""
+
+    class Local:
+        pass
+
+    class Own(pl.Adapter):
+        adds = False
+
+        def __init__(self, layer, mode: Local | None = None, r: int = 1):
+            super().__init__(layer)
+            self.w = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, f, x):
+            return f(x) * self.w
+
+    class Pairs(Own):
+        def __init__(self, layer, pair: tuple[int, str] = (1, "a"), table: list[list[int]] | None = None):
+            super().__init__(layer)
+
+    pl.METHODS.pop("Own"), pl.METHODS.pop("Pairs")
+    pl.attach(model, Own, "q_proj", name="own", mode=Local())
+    pl.attach(model, Pairs, "q_proj", name="pairs", pair=(1, "a"), table=[[1]])
+    for wrong, said in ((dict(pair=("a", 1)), "a whole number, a word"), (dict(table=3), "a list of list of whole")):
+        with pytest.raises(ValueError, match=said):
+            pl.attach(model, Pairs, "q_proj", name="more", **wrong)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
+import threading
 import warnings
 
 import peft
@@ -530,3 +532,30 @@ def test_its_memory_is_predicted(checkpointing):
 
 def test_the_parts_of_lora_are_no_methods_of_their_own():
     assert ParameterLoRA.part_of == "LoRA" and "ParameterLoRA" not in pl.METHODS and "Factors" not in pl.METHODS
+
+
+def test_two_threads_at_once_leave_each_other_and_the_base_alone():
+    """A pass puts W′ in W's place: the one that ends first must not leave its W′ to the other."""
+    model = adapted("qwen3_moe")
+    x = inputs("llama")["input_ids"]
+    with torch.no_grad():
+        want, wrong = model(input_ids=x).logits, []
+
+        def run():
+            with torch.no_grad():  # which is a thread's own
+                for _ in range(15):
+                    wrong.append(float((model(input_ids=x).logits - want).abs().max()))
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(before)
+    assert len(wrong) == 30 and max(wrong) == 0
+    with pl.using(model), torch.no_grad():
+        assert torch.equal(model(input_ids=x).logits, moe("qwen3_moe")(input_ids=x).logits)

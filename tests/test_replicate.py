@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import peft
 import pytest
@@ -245,3 +246,35 @@ def test_a_load_that_fails_leaves_the_blocks_as_they_came(tmp_path):
     config.write_text(config.read_text().replace('"layer_replication": [', '"layer_replication": [7, '))
     with pytest.raises(ValueError, match="are no pairs"):
         pl.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("ranges", [[(0, 2.9)], [(0, math.inf)], [(0, 10**9)], [(0, True)], [(-1, 2)], [3], "ab"])
+def test_what_are_no_ranges_is_refused_at_once(ranges):
+    model = build("llama")
+    with pytest.raises(ValueError, match="ranges="):
+        pl.replicate_layers(model, ranges)
+    assert not pl.replicate.replication(model)
+
+
+def test_a_config_that_refuses_leaves_the_model_as_it_was():
+    model = build("llama")
+    blocks, depth = model.model.layers, model.config.num_hidden_layers
+
+    class Strict(type(model.config)):
+        def __setattr__(self, name, value):
+            if name == "num_hidden_layers" and value != depth:
+                raise RuntimeError("no other depth")
+            super().__setattr__(name, value)
+
+    model.model.config.__class__ = Strict
+    with pytest.raises(RuntimeError, match="no other depth"):
+        pl.replicate_layers(model, [(0, 2), (0, 2)])
+    assert model.model.layers is blocks and model.config.num_hidden_layers == depth
+
+
+def test_looking_for_repeated_blocks_does_not_walk_the_adapters(monkeypatch):
+    """It is done at each load and save: with hundreds of adapters a walk over their modules took most of the time."""
+    model = pl.replicate_layers(build("llama"), [(0, 2), (0, 2)])
+    pl.attach(model, "LoRA", r=2)
+    monkeypatch.setattr(type(model), "modules", None)
+    assert pl.replicate.replication(model) == [[0, 2], [0, 2]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -49,3 +51,14 @@ class Factors(Adapter):
         """W′, computed in a dtype (by default the adapter's or W's, whichever is wider) and rounded once, to W's."""
         change = self.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
         return (W + (change.mT if self.transposed else change)).to(W.dtype)
+
+
+@contextmanager
+def holding(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the module's parameters of these names are these tensors."""
+    before = {name: layer._parameters[name] for name in tensors}
+    layer._parameters.update(tensors)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        layer._parameters.update(before)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core import Adapter
 from ..hyper import checked
 from ..sites import loose
-from ._factors import Factors
+from ._factors import Factors, holding
+
+ALONE = threading.RLock()  # of two threads inside, one would put the other's W′ back as W
 
 
 class ParameterLoRA(Adapter):
     """The `Factors`s of one module, which computes with W′ in W's place; a part of LoRA.
 
-    The module's own code runs, whatever it does with its weights, so all ways of transformers to run experts work. The
-    price: in each pass W′ is made, a copy of the weights of all experts, and kept for the backward pass: checkpoint
-    it, and merge before you generate. each: parameter -> hyper-parameters of LoRA.
+    Its own code runs, so all ways of transformers to run experts work. The price: each pass makes W′, a copy of all
+    experts' weights, and keeps it for the backward pass: checkpoint, and merge before you generate. One thread at a
+    time is inside. each: parameter -> hyper-parameters of LoRA.
     """
 
     part_of, mixes = "LoRA", False
@@ -37,28 +40,18 @@ class ParameterLoRA(Adapter):
         """Σ E·r·(in + out)"""
         return sum(one.expected() for one in self.each.values())
 
-    def forward(self, f, x, *others, **more):
+    def forward(self, f, *args, **kwargs):
         layer = f
         while isinstance(layer, partial):  # the adapters inside of this one, each around the next
             layer = layer.args[0]
-        with holding(layer, {name: one.added_to(getattr(layer, name)) for name, one in self.each.items()}):
-            return f(x, *others, **more)
+        with nullcontext() if torch.compiler.is_compiling() else ALONE:
+            with holding(layer, {name: one.added_to(getattr(layer, name)) for name, one in self.each.items()}):
+                return f(*args, **kwargs)
 
     def fold(self, layer: nn.Module) -> nn.Module:
         for name, one in self.each.items():
             setattr(layer, name, nn.Parameter(one.added_to(getattr(layer, name), torch.double), requires_grad=False))
         return layer
-
-
-@contextmanager
-def holding(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the module's parameters of these names are these tensors."""
-    before = {name: layer._parameters[name] for name in tensors}
-    layer._parameters.update(tensors)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        layer._parameters.update(before)
 
 
 def plan_parameters(method: type[Adapter], model: nn.Module, paths: Sequence[str], hyper: dict) -> dict[str, Any]:

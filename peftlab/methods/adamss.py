@@ -26,8 +26,7 @@ class AdaMSS(Adapter):
     layers' groups go on learning from step tfinal on; see `_subspaces`. A loop of your own calls `stepped`, as
     `pl.train` does. interval, beta1, beta2, exponent: of the choice. HF PEFT's use_dynamic_rank is not here.
     Trained: rₖ·(K·R + out), less where a group has under rₖ outputs. Raises ValueError for numbers out of range.
-    Source: Zheng et al. 2025, "AdaMSS: Adaptive multi-subspace approach for parameter-efficient fine-tuning", NeurIPS,
-    OpenReview 8ZdWmpYxT0.
+    Source: Zheng et al. 2025, "AdaMSS: Adaptive multi-subspace approach …", NeurIPS, OpenReview 8ZdWmpYxT0.
     """
 
     family, hf_type = "low-rank", "ADAMSS"
@@ -43,9 +42,10 @@ class AdaMSS(Adapter):
         super().__init__(layer)
         if min(r, subspaces, subspace_rank) < 1:
             raise ValueError(f"r={r}, subspaces={subspaces} and subspace_rank={subspace_rank} must be at least 1")
-        if asa and (min(target, interval) < 1 or not 0 <= tinit < tfinal or exponent <= 0):
-            raise ValueError(f"asa needs target={target}, interval={interval} ≥ 1, tinit={tinit} < tfinal={tfinal} and "
-                             f"exponent={exponent} > 0")  # fmt: skip
+        sound = min(target, interval) >= 1 and 0 <= tinit < tfinal and exponent > 0 <= min(beta1, beta2)
+        if asa and not (sound and max(beta1, beta2) < 1):
+            raise ValueError(f"asa needs target={target}, interval={interval} ≥ 1, tinit={tinit} < tfinal={tfinal}, "
+                             f"exponent={exponent} > 0, and 0 ≤ beta1={beta1}, beta2={beta2} < 1")  # fmt: skip
         shape_of(layer)  # names any other kind of layer
         V, rows, starts = decomposed(layer, r, subspaces, subspace_rank, seed)
         self.register_buffer("adamss_newB", V)

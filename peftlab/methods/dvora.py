@@ -46,7 +46,7 @@ class DVoRA(Adapter):
     def lengths(self, turned: Tensor | float) -> Tensor:
         """‖W₀ + turned‖ of each row, (out,); a constant for autograd."""
         W0 = weight_of(self.layer).detach().to(self.vera.vera_lambda_b.dtype)
-        return torch.linalg.vector_norm(W0 + turned, dim=1)
+        return torch.linalg.vector_norm(W0 + turned, dim=1).clamp(min=torch.finfo(W0.dtype).tiny)  # a pruned row is 0
 
     def turned(self) -> Tensor:
         """Λ_b·B·Λ_d·A, (out, in)."""

@@ -63,7 +63,8 @@ class SideTuning(Adapter):
 def begun(base: nn.Module, side: Any) -> nn.Module:
     """The side network with the values of the base's modules of the same names, dense and in its own dtype."""
     for path, module in side.named_modules():
-        source = bare(at(base, path))
+        host = at(base, path)
+        source = getattr(host, "original", None) or bare(host)  # the base's, even while adapters are merged
         for name, p in module.named_parameters(recurse=False):
             dense = weight_of(source) if name == "weight" and is_linear(source) else getattr(source, name)
             p.copy_(dense.T if name == "weight" and is_conv1d(module) else dense)
