@@ -367,7 +367,6 @@ def _load(model: nn.Module, folder: Path, name: str, check_base: bool, config: d
     method = method_of(config, folder)
     with _reading(folder, method, model):
         plan, weights = _plan(model, config, tensors, method, folder)
-    with _reading(folder, method, model):
         if check_base:
             _check_base(model, metadata, folder)
     swap = name in adapters(model)

@@ -102,6 +102,19 @@ def shake(module: torch.nn.Module, scale: float = 0.1, seed: int = 1) -> None:
             parameter.add_(scale * torch.randn(parameter.shape, generator=draw).to(parameter))
 
 
+def attach_each(model, method, case, names, moved: bool):
+    """Adapters of one method under several names, each from a seed of its own; moved: off their start."""
+    import peftlab as pl
+
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        pl.attach(model, method, case.targets, name=name, **case.hyper)
+        for adapter in pl.adapters(model)[name].values():
+            if moved:
+                shake(adapter, case.shake, seed=seed)
+    return model
+
+
 def build_other(family: str, seed: int = 0):
     """A tiny model of a family on which not every method is promised to work: it works, or is refused by name."""
     import transformers as t

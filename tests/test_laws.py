@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from cases import case_of
-from families import build, inputs, labels, shake
+from families import attach_each, build, inputs, labels, shake
 from torch import nn
 
 import peftlab as pl
@@ -38,13 +38,7 @@ def with_two(method, dtype="fp32", moved=True):
     """A model with the adapters "a" and "b" of one method, moved off their start."""
     case = case_of(method)
     model = base(dtype, method)
-    for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        pl.attach(model, method, case.targets, name=name, **case.hyper)
-        for adapter in pl.adapters(model)[name].values():
-            if moved:
-                shake(adapter, case.shake, seed=seed)
-    return model
+    return attach_each(model, method, case, "ab", moved)
 
 
 def sets(method) -> list[tuple[str, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, Case, case_of
-from families import TARGETS, build, inputs, labels, shake
+from families import TARGETS, attach_each, build, inputs, labels, shake
 
 import peftlab as pl
 
@@ -26,13 +26,7 @@ def attached(method, *names, moved=True, model=None):
     case, model = case_of(method), build("llama") if model is None else model
     if case.before:
         case.before(model)
-    for seed, name in enumerate(names or "a"):
-        torch.manual_seed(seed)
-        pl.attach(model, method, case.targets, name=name, **case.hyper)
-        for adapter in pl.adapters(model)[name].values():
-            if moved:
-                shake(adapter, case.shake, seed=seed)
-    return model
+    return attach_each(model, method, case, names or "a", moved)
 
 
 def padded():
